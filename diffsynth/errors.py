@@ -1,0 +1,104 @@
+"""Every error a user can cause, one class each: what happened (with the value), what was expected, what to do.
+
+All derive from `DiffSynthError`. Those that mean "a wrong argument" also derive from `ValueError`,
+those about files from `OSError` or `FileNotFoundError`, so that ordinary ``except`` clauses catch them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+class DiffSynthError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class ArgumentError(DiffSynthError, ValueError):
+    """An argument has a value that cannot work."""
+
+
+class UnknownArgumentError(DiffSynthError, TypeError):
+    """An argument that nothing reads; the message holds the nearest name."""
+
+    def __init__(self, name: str, known: Iterable[str], where: str = "pipe()") -> None:
+        names = sorted(known)
+        nearest = get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Known arguments: {', '.join(names)}."
+        super().__init__(f"{where} has no argument {name!r}. {hint}")
+        self.name, self.nearest = name, nearest[0] if nearest else None
+
+
+class UnusedInputError(DiffSynthError, ValueError):
+    """An input that the loaded models cannot use."""
+
+
+class MissingModelError(DiffSynthError, RuntimeError):
+    """A network that this call needs is not loaded."""
+
+
+class AmbiguousModelError(DiffSynthError, ValueError):
+    """More networks of one kind than a pipeline can use, or two that do not belong together."""
+
+
+class TokenizerNotFoundError(DiffSynthError, FileNotFoundError):
+    """A text encoder without its tokenizer; says where it was looked for."""
+
+    def __init__(self, looked_at: Sequence[str]) -> None:
+        places = "\n  ".join(looked_at) if looked_at else "nowhere: the text encoder was not loaded from a file"
+        super().__init__(
+            f"The text encoder needs its tokenizer (spiece.model or tokenizer.json). Looked at:\n  {places}\n"
+            "Copy the model's google/umt5-xxl folder beside the text encoder, or pass tokenizer_path=FOLDER."
+        )
+
+
+class NotFiniteError(DiffSynthError, ArithmeticError):
+    """NaN or infinity in the latents while sampling."""
+
+
+class OutputPathError(DiffSynthError, OSError):
+    """An output path that cannot be written, found before the work starts."""
+
+
+class CheckpointError(DiffSynthError):
+    """A weights file that cannot be used."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """A path that does not exist, or a glob or folder that holds no weights."""
+
+
+class MissingShardError(CheckpointError, FileNotFoundError):
+    """One or more shards of a split model are missing; the message names them."""
+
+
+class CorruptCheckpointError(CheckpointError, ValueError):
+    """A file that is truncated, or whose header does not agree with its size."""
+
+
+class UnsafeCheckpointError(CheckpointError, ValueError):
+    """A pickle that asks for more than tensors; nothing of it was run."""
+
+
+class UnknownCheckpointError(CheckpointError, ValueError):
+    """A file whose tensors match no row of the registry."""
+
+    def __init__(self, path: str, num_tensors: int, nearest: str | None, missing: Sequence[str]) -> None:
+        near = (
+            f"Nearest is {nearest!r}, which also needs {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}. "
+            if nearest
+            else ""
+        )
+        super().__init__(
+            f"{path} holds {num_tensors} tensors that match no known model. {near}If the model is split over "
+            "several files, pass them as one inner list: load_models([[part1, part2]]). "
+            "To see what is inside: diffsynth inspect FILE."
+        )
+
+
+class UnsupportedModelError(CheckpointError, NotImplementedError):
+    """A network that is recognised by name but not built by this version."""
+
+
+class ConfigurationError(CheckpointError, ValueError):
+    """Sizes that do not fit together, or a size that no rule can tell; the message names the missing key."""
