@@ -8,7 +8,9 @@ from the ``random.Random`` that the caller gives, so a seed always gives the sam
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 from diffsynth.errors import ArgumentError
 
@@ -150,3 +152,198 @@ def _are_apart(first: Thing, second: Thing, *, num_frames: int) -> bool:
         if max(abs(x - other_x), abs(y - other_y)) < radius + other_radius + GAP:
             return False
     return True
+
+
+# Words for every motion. Finite forms follow a subject ("a circle moves up"), the others stand beside it
+# ("a circle moving up"). An empty phrase says that nothing moves.
+FINITE: dict[str, tuple[str, ...]] = {
+    "up": ("moves up", "moves upwards", "slides up", "is moving up", "goes up", "rises", "drifts up"),
+    "down": ("moves down", "moves downwards", "slides down", "is moving down", "goes down", "falls", "sinks"),
+    "still": ("", "", "stays still", "does not move", "is still", "stands still", "rests", "is not moving"),
+    "grow": ("grows", "gets bigger", "becomes larger", "is growing", "grows larger", "expands"),
+    "shrink": ("shrinks", "gets smaller", "becomes smaller", "is shrinking", "is getting smaller"),
+}
+PARTICIPLE: dict[str, tuple[str, ...]] = {
+    "up": ("moving up", "moving upwards", "sliding up", "going up", "rising", "drifting up"),
+    "down": ("moving down", "moving downwards", "sliding down", "going down", "falling", "sinking"),
+    "still": ("", "staying still", "standing still", "not moving", "resting"),
+    "grow": ("growing", "getting bigger", "becoming larger", "expanding"),
+    "shrink": ("shrinking", "getting smaller", "becoming smaller"),
+}
+for _side, _other in (("left", "right"), ("right", "left")):
+    FINITE[_side] = (
+        f"moves {_side}",
+        f"moves to the {_side}",
+        f"slides {_side}",
+        f"goes {_side}",
+        f"is moving {_side}",
+        f"moves from {_other} to {_side}",
+        f"drifts to the {_side}",
+        f"travels {_side}",
+    )
+    PARTICIPLE[_side] = (
+        f"moving {_side}",
+        f"moving to the {_side}",
+        f"sliding {_side}",
+        f"going {_side}",
+        f"drifting {_side}",
+        f"moving from {_other} to {_side}",
+    )
+BEHIND = (
+    " on a {}",
+    " on a {}",
+    " on a {}",
+    " against a {}",
+    " in front of a {}",
+    " over a {}",
+    ", {}",
+    ". The background is {}.",
+)
+OPENINGS = ("", "", "", "", "a video of ", "an animation of ", "a clip of ", "a simple animation, ")
+
+_MOTION_WORDS = {
+    **dict.fromkeys(("left", "leftwards", "leftward"), "left"),
+    **dict.fromkeys(("right", "rightwards", "rightward"), "right"),
+    **dict.fromkeys(("up", "upwards", "upward", "rises", "rising", "rise"), "up"),
+    **dict.fromkeys(("down", "downwards", "downward", "falls", "falling", "sinks", "sinking"), "down"),
+    **dict.fromkeys(("grows", "growing", "bigger", "larger", "expands", "expanding"), "grow"),
+    **dict.fromkeys(("shrinks", "shrinking", "smaller"), "shrink"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaidThing:
+    """What a caption asks of one thing; None where it says nothing."""
+
+    shape: str
+    colour: str | None
+    motion: str  # "still" when the caption tells no motion
+    size: str | None = None  # "big" or "small"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Said:
+    """What a caption asks for, in the order of its words."""
+
+    things: tuple[SaidThing, ...]
+    background: str | None  # None: any of BACKGROUNDS is right
+
+
+def caption(scene: Scene, rng: random.Random, *, says_background: bool | None = None) -> str:
+    """Describe a scene in one of many wordings.
+
+    Args:
+        scene: one or two things.
+        rng: chooses the words.
+        says_background: None leaves it to chance, two captions in three say it.
+    """
+    if says_background is None:
+        says_background = rng.random() < 2 / 3
+    if rng.random() < 0.5:
+        clauses = [_clause(thing, rng, FINITE) for thing in scene.things]
+        joint = rng.choice((" and ", " and ", " while ", ", "))
+        opening = ""
+    else:
+        clauses = [_clause(thing, rng, PARTICIPLE) for thing in scene.things]
+        joint = rng.choice((" and ", " and ", ", "))
+        opening = rng.choice(OPENINGS)
+    if not opening and rng.random() < 0.08:
+        opening = "there is "
+    text = opening + joint.join(clauses)
+    if says_background:
+        text += _behind(scene.background, rng)
+    return text[0].upper() + text[1:] if rng.random() < 0.15 else text
+
+
+def _clause(thing: Thing, rng: random.Random, phrases: dict[str, tuple[str, ...]]) -> str:
+    """One thing and its motion: "the big red circle slides right", "red circle, moving right"."""
+    phrase = rng.choice(phrases[thing.motion])
+    adjectives = [thing.colour]
+    if thing.size_word is not None and rng.random() < 0.3:
+        adjectives.insert(0, thing.size_word)
+    if not phrase and rng.random() < 0.5:
+        adjectives.insert(0, "still")
+    article = rng.choices(("a", "the", ""), (0.7, 0.15, 0.15))[0]
+    if article == "a" and adjectives[0][0] in "aeiou":
+        article = "an"
+    noun = " ".join(([article] if article else []) + adjectives + [thing.shape])
+    comma = "," if phrases is PARTICIPLE and not article and rng.random() < 0.5 else ""
+    return f"{noun}{comma} {phrase}" if phrase else noun
+
+
+def _behind(background: str, rng: random.Random) -> str:
+    """The words that tell the background, to follow the rest of a caption."""
+    word = "grey" if background == "gray" and rng.random() < 0.3 else background
+    form = rng.choice(BEHIND)
+    return form.format(word if "is {}" in form else f"{word} background")
+
+
+# ---- reading captions ----------------------------------------------------------
+
+
+def parse_caption(text: str) -> Said:
+    """Read what a caption of this grammar asks for; words it does not know are passed over.
+
+    A thing ends where the next one's article begins, so "a red circle moves right and a blue star rises"
+    gives the first motion to the circle. A caption without motion words asks for things that stay still.
+    """
+    words = (
+        text.lower().replace("grey", "gray").replace("to the ", "to ").replace("the background", "background")
+    )
+    backgrounds = "|".join(BACKGROUNDS)
+    found = re.search(rf"({backgrounds}) background|background is ({backgrounds})", words)
+    background = (found[1] or found[2]) if found else None
+    words = re.sub(rf"\b(an?|the)? *({backgrounds}) background|background is ({backgrounds})", "", words)
+    words = re.sub(r"\bfrom (left|right)\b", "", words)
+    tokens = re.findall(r"[a-z]+|,", words)
+    nouns = [place for place, token in enumerate(tokens) if token in SHAPES]
+    starts = [0]
+    for before, after in pairwise(nouns):
+        starts.append(_start_of_thing(tokens, before + 1, after))
+    ends = [*starts[1:], len(tokens)]
+    things = [
+        _read_thing(tokens[start:end], tokens[noun])
+        for start, noun, end in zip(starts, nouns, ends, strict=False)
+    ]
+    return Said(things=tuple(things), background=background)
+
+
+def _start_of_thing(tokens: list[str], first: int, noun: int) -> int:
+    """Where the words about ``tokens[noun]`` begin: at its article, else behind "and", "while" or a comma."""
+    for marks in (("a", "an", "the"), ("and", "while", ",")):
+        for place in range(noun - 1, first - 1, -1):
+            if tokens[place] in marks:
+                return place
+    return first
+
+
+def _read_thing(tokens: list[str], shape: str) -> SaidThing:
+    """Read the words about one thing."""
+    said = {
+        "colour": [token for token in tokens[: tokens.index(shape)] if token in COLOURS],
+        "motion": [_MOTION_WORDS[token] for token in tokens if token in _MOTION_WORDS],
+        "size": [token for token in tokens[: tokens.index(shape)] if token in ("big", "small")],
+    }
+    return SaidThing(
+        shape=shape,
+        colour=said["colour"][-1] if said["colour"] else None,
+        motion=said["motion"][-1] if said["motion"] else "still",
+        size=said["size"][-1] if said["size"] else None,
+    )
+
+
+def known_words() -> tuple[str, ...]:
+    """Return the words that captions of this grammar are made of, sorted."""
+    phrases = [*BEHIND, *OPENINGS, *SHAPES, *COLOURS, *BACKGROUNDS]
+    for table in (FINITE, PARTICIPLE):
+        for choices in table.values():
+            phrases.extend(choices)
+    phrases.append("a an the and while there is big small still grey background")
+    return tuple(sorted(set(re.findall(r"[a-z]+", " ".join(phrases).lower()))))
+
+
+def unknown_words(prompt: str) -> list[str]:
+    """Return the words of a prompt that the tiny Wan was never taught, in order, each once."""
+    known = set(known_words())
+    words = re.findall(r"[^\W\d_]+|\d+", prompt.lower())
+    return list(dict.fromkeys(word for word in words if word not in known))
