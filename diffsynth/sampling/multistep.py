@@ -61,7 +61,7 @@ class MultistepSampler(GridSampler):
                 f"Step {index} was asked for after {self._next_index} steps; this solver looks back, so take "
                 f"the steps in order: {self._next_index} is next, 0 starts again."
             )
-        precise = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        precise = latents if latents.dtype == torch.float64 else latents.float()
         sample = self._advance(velocity, index, precise)
         if index + 1 == len(self.timesteps):
             self._forget()

@@ -1,7 +1,8 @@
 """What the denoising loop asks of a sampler, and the part that all samplers share: the grid.
 
 Letters: N steps, B batch, C latent channels, F latent frames, H W latent height and width. Latents and
-velocities have one shape, any, usually (B, C, F, H, W): samplers work value by value. The network predicts the velocity v = noise - video, so that video = x - sigma * v.
+velocities have one shape, any, usually (B, C, F, H, W): samplers work value by value. The
+network predicts the velocity v = noise - video, so that video = x - sigma * v.
 """
 
 from __future__ import annotations

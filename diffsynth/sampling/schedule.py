@@ -78,7 +78,7 @@ def checked_sigmas(sigmas: Sequence[float] | Tensor) -> Tensor:
             f"sigmas has the shape {tuple(given.shape)}; give one number per step, such as [1.0, 0.9, 0.75]."
         )
     for index, sigma in enumerate(given.tolist()):
-        what = f"sigmas[{index}] is {sigma:g}"
+        what = f"sigmas[{index}] is {sigma}"
         if not math.isfinite(sigma):
             raise ArgumentError(f"{what}; give numbers above 0 and up to 1.")
         if sigma == 0.0 and index == len(given) - 1:
@@ -105,7 +105,7 @@ def checked_timesteps(timesteps: Sequence[float] | Tensor, num_steps: int) -> Te
     for index, timestep in enumerate(given.tolist()):
         if not 0 <= timestep <= NUM_TRAIN_TIMESTEPS:
             raise ArgumentError(
-                f"timesteps[{index}] is {timestep}; give numbers from 0 (clean) to {NUM_TRAIN_TIMESTEPS} (noise)."
+                f"timesteps[{index}] is {timestep}; give 0 (clean) to {NUM_TRAIN_TIMESTEPS} (noise)."
             )
     return given.to(torch.float32 if given.is_floating_point() else torch.int64)
 

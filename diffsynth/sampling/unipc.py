@@ -6,8 +6,8 @@ start s to the current level t, with m_new (predicted from the uncorrected sampl
 
     x = (sigma_t / sigma_s) x_s + c (m + rho_0 (m_before - m) / r + rho_1 (m_new - m)),
 
-where c = (1 - sigma_t) (1 - exp(-h)) and h = lambda_t - lambda_s as there, and r = (lambda_before - lambda_s) / h
-is below 0. It costs no call of the network and raises the order by one.
+where c = (1 - sigma_t) (1 - exp(-h)) and h = lambda_t - lambda_s as there, and the negative
+r = (lambda_before - lambda_s) / h. It costs no call of the network.
 
 Letters: N steps; m a prediction of the clean latents. Latents have any shape, usually (B, C, F, H, W).
 """
@@ -77,8 +77,8 @@ class UniPCSampler(MultistepSampler):
 def corrections(sigmas: list[float]) -> list[Correction]:
     """Return the factors of the corrections at steps 1 to N - 1 between N + 1 levels below 1 that end in 0.
 
-    The two rho solve rho_0 + rho_1 = b_1 and r rho_0 + rho_1 = b_2, where b_k = k! phi_(k+1)(-h) / phi_1(-h);
-    with nothing before, rho_1 is set to 1/2.
+    The two rho solve rho_0 + rho_1 = b_1 and r rho_0 + rho_1 = b_2, where b_k = k! phi_(k+1)(-h) / phi_1(-h),
+    phi_1(z) = exp(z) - 1 and phi_(k+1)(z) = phi_k(z) / z - 1 / k!. With nothing before, rho_1 is set to 1/2.
     """
     levels = [log_signal_to_noise(sigma) for sigma in sigmas]
     factors = []
@@ -108,6 +108,6 @@ def corrections(sigmas: list[float]) -> list[Correction]:
 def _below_one(sigma: float) -> float:
     """Return a first level whose lambda is finite; a user's grid may start at exactly 1.
 
-    Source: diffusers UniPCMultistepScheduler, which lowers such a level by 1e-6 (as float32) too.
+    Source: diffusers UniPCMultistepScheduler, which lowers such a level by 1e-6 and keeps it as float32.
     """
     return float(torch.tensor(sigma - 1e-6, dtype=torch.float32)) if 1.0 - sigma < 1e-6 else sigma
