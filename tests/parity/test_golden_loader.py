@@ -1,4 +1,4 @@
-"""The loader of the reference numbers: every draw is the stored draw, and every rule rejects what it should."""
+"""The loader of the reference numbers: each draw is the stored draw, each rule rejects what it should."""
 
 from __future__ import annotations
 
