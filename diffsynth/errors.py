@@ -102,3 +102,11 @@ class UnsupportedModelError(CheckpointError, NotImplementedError):
 
 class ConfigurationError(CheckpointError, ValueError):
     """Sizes that do not fit together, or a size that no rule can tell; the message names the missing key."""
+
+
+class MediaNotFoundError(DiffSynthError, FileNotFoundError):
+    """A video, picture or folder of pictures that does not exist, or holds no picture."""
+
+
+class MediaReadError(DiffSynthError, ValueError):
+    """A video or picture that cannot be decoded."""

@@ -1,0 +1,28 @@
+"""Videos and images in and out of files; the only package that knows PIL and ffmpeg.
+
+`VideoData` reads, `save_video` (or `VideoWriter`, frame by frame) writes, `frames_to_tensor` and
+`tensor_to_frames` stand between pictures and networks. Nothing here imports torch or av before it is used.
+"""
+
+from diffsynth.video.images import save_frames, save_image
+from diffsynth.video.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, check_output_path
+from diffsynth.video.pixels import Frame, frames_to_tensor, tensor_to_frames, to_pil
+from diffsynth.video.reading import VideoData
+from diffsynth.video.settings import read_metadata
+from diffsynth.video.writing import VideoWriter, save_video
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "Frame",
+    "VideoData",
+    "VideoWriter",
+    "check_output_path",
+    "frames_to_tensor",
+    "read_metadata",
+    "save_frames",
+    "save_image",
+    "save_video",
+    "tensor_to_frames",
+    "to_pil",
+]

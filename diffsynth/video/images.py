@@ -1,0 +1,72 @@
+"""Single pictures and folders of pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from diffsynth.errors import ArgumentError, OutputPathError
+from diffsynth.video.paths import IMAGE_SUFFIXES, check_output_path, replacing
+from diffsynth.video.pixels import Frame, Frames, as_rgb8, iterate_frames
+from diffsynth.video.settings import TAG, pack
+
+_JPEG_COMMENT_BYTES = 65533  # a JPEG segment counts its bytes, and its count, in 16 bits
+
+
+def save_image(
+    image: Frame, save_path: str | os.PathLike[str], *, metadata: Mapping[str, object] | None = None
+) -> None:
+    """Write one picture; the extension tells the format.
+
+    Args:
+        image: PIL, uint8 (H, W, 3), or real (3, H, W) in [0, 1].
+        save_path: ends in .png, .jpg, .jpeg or .webp; a missing folder is created.
+        metadata: settings to keep inside a .png or .jpg, for `read_metadata`.
+
+    Raises:
+        OutputPathError: when the path cannot be written; nothing half-written is left behind.
+        ArgumentError: when ``image`` has a wrong shape or range, or the format cannot hold ``metadata``.
+    """
+    target = check_output_path(save_path, suffixes=IMAGE_SUFFIXES)
+    picture = Image.fromarray(as_rgb8(image))
+    options: dict[str, Any] = {}
+    kind = target.suffix.lower()
+    if kind in (".jpg", ".jpeg"):
+        options["quality"] = 95  # Pillow's 75 shows blocks on flat colours
+    if metadata is not None:
+        text = pack(metadata)
+        if kind == ".png":
+            info = PngInfo()
+            info.add_itxt(TAG, text)
+            options["pnginfo"] = info
+        elif kind in (".jpg", ".jpeg") and len(text.encode()) <= _JPEG_COMMENT_BYTES:
+            options["comment"] = text.encode()
+        else:
+            raise ArgumentError(
+                f"{save_path} cannot hold these settings; save as .png, or leave metadata out."
+            )
+    with replacing(target) as temporary:
+        picture.save(temporary, **options)
+
+
+def save_frames(frames: Frames, save_path: str | os.PathLike[str]) -> None:
+    """Write each frame as ``0.png``, ``1.png`` ... into a folder, which is created if missing.
+
+    Args:
+        frames: whatever `save_video` takes.
+        save_path: the folder.
+
+    Raises:
+        OutputPathError: when the folder or a file cannot be written.
+        ArgumentError: when a frame has a wrong shape, type or range.
+    """
+    folder = Path(save_path)
+    if folder.exists() and not folder.is_dir():
+        raise OutputPathError(f"{save_path} is a file; give a folder for the numbered pictures.")
+    for index, frame in enumerate(iterate_frames(frames)):
+        save_image(as_rgb8(frame, index).copy(), folder / f"{index}.png")

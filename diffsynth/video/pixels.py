@@ -1,0 +1,258 @@
+"""Pictures as arrays and tensors.
+
+Letters: B batch, F frames, H W height and width in pixels. A picture is 8 bits per channel (PIL, or uint8
+(H, W, 3)) or real numbers in [0, 1] ((3, H, W), or (H, W, 3)); networks see float32 in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from diffsynth.errors import ArgumentError, NotFiniteError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffsynth.video.reading import VideoData
+
+logger = logging.getLogger("diffsynth")
+
+Array: TypeAlias = NDArray[Any]
+Frame: TypeAlias = Union[Image.Image, Array, "Tensor"]
+Frames: TypeAlias = Union[Iterable[Frame], Array, "Tensor", "VideoData"]
+
+_CHANNELS = (1, 3, 4)
+
+
+def iterate_frames(frames: Frames | Frame) -> Iterator[Frame]:
+    """Yield the frames one by one, without building a list.
+
+    Args:
+        frames: one picture, an iterable of pictures, or one tensor or array (F, 3, H, W) or (F, H, W, 3).
+
+    Raises:
+        ArgumentError: when ``frames`` is a path, or a batch of videos.
+    """
+    if isinstance(frames, str | bytes):
+        raise ArgumentError(f"frames is {frames!r}; open a file first: VideoData({frames!r}).")
+    if isinstance(frames, Image.Image):
+        yield frames
+    elif isinstance(frames, np.ndarray) or _is_tensor(frames):
+        block: Any = frames
+        if block.ndim > 4:
+            raise ArgumentError(
+                f"frames has the shape {tuple(block.shape)}; give one video, (F, 3, H, W) or (F, H, W, 3): "
+                "frames[0] is the first of a batch."
+            )
+        yield from (block if block.ndim == 4 else [block])
+    elif isinstance(frames, Iterable):
+        yield from frames
+    else:
+        raise ArgumentError(f"frames is {frames!r}; give pictures, or a tensor of them.")
+
+
+def as_rgb8(frame: Frame, index: int = 0) -> NDArray[np.uint8]:
+    """Return a picture as uint8 (H, W, 3); real numbers in [0, 1] are rounded to the nearest level.
+
+    Args:
+        frame: a PIL picture, uint8 (H, W[, 1 | 3 | 4]), or real (1 | 3, H, W) or (H, W, 3) in [0, 1].
+        index: its number, for the error text.
+
+    Raises:
+        ArgumentError: when the shape, the type or the range is none of these.
+    """
+    if isinstance(frame, Image.Image):
+        return np.asarray(frame.convert("RGB"))
+    array = _plain_array(frame, index)
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(_channels_last(array, index))
+    return np.rint(_channels_last(_in_unit_range(array, index), index) * 255.0).astype(np.uint8)
+
+
+def frames_to_tensor(frames: Frames | Frame, height: int, width: int) -> Tensor:
+    """Return pictures as the tensor that networks ask for.
+
+    Frames of another size are cropped in the middle to the asked shape, then resized (bicubic), as VideoData
+    does, and the log says so. Real-valued frames keep their precision and device.
+
+    Args:
+        frames: a VideoData, one picture, an iterable of pictures, or one tensor or array (F, C, H, W);
+            8-bit pictures, or real numbers in [0, 1]. Grey ones get three equal channels.
+        height: in pixels.
+        width: in pixels.
+
+    Returns:
+        (1, 3, F, height, width) float32 in [-1, 1].
+
+    Raises:
+        ArgumentError: when there is no frame, or a frame has a wrong shape, type or range.
+    """
+    import torch
+
+    planes: list[Tensor] = []
+    sizes: set[tuple[int, int]] = set()
+    for index, frame in enumerate(iterate_frames(frames)):
+        plane, size = _normalised(frame, index, height, width)
+        planes.append(plane)
+        sizes.add(size)
+    if not planes:
+        raise ArgumentError("frames is empty; give one frame or more.")
+    sizes.discard((height, width))
+    if sizes:
+        listed = ", ".join(f"{w}x{h}" for h, w in sorted(sizes))
+        logger.info("frames of %s were cropped in the middle and resized to %dx%d", listed, width, height)
+    return torch.stack(planes, dim=1)[None]
+
+
+def tensor_to_frames(video: Tensor, rounding: Literal["round", "truncate"] = "round") -> NDArray[np.uint8]:
+    """Return a decoded video as 8-bit pictures; values outside [-1, 1] are clamped.
+
+    Args:
+        video: (B, 3, F, H, W) in [-1, 1], any real dtype and device.
+        rounding: "round" to the nearest level, or "truncate" as official Wan and v1 (half a level darker).
+
+    Returns:
+        (B, F, H, W, 3) uint8 on the CPU.
+
+    Raises:
+        ArgumentError: when the shape is another, or ``rounding`` is unknown.
+        NotFiniteError: when a value is NaN or infinite; it would come out as a black or white video.
+    """
+    import torch
+
+    if video.ndim != 5 or video.shape[1] != 3:
+        raise ArgumentError(f"video has the shape {tuple(video.shape)}; give (B, 3, F, H, W).")
+    if rounding not in ("round", "truncate"):
+        raise ArgumentError(f'rounding is {rounding!r}; give "round" or "truncate".')
+    if not torch.isfinite(video).all():
+        raise NotFiniteError(
+            "The decoded video holds NaN or infinity. Load the VAE in float32 (torch_dtype=torch.float32); "
+            "if that does not help, the weights are damaged."
+        )
+    levels = ((video.detach().float() + 1.0) * 127.5).clamp_(0.0, 255.0)
+    if rounding == "round":
+        levels = levels.round_()
+    frames: NDArray[np.uint8] = levels.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu().numpy()
+    return frames
+
+
+def to_pil(frames: Frames | Frame) -> list[Image.Image]:
+    """Return pictures as PIL images (RGB); takes whatever `save_video` takes.
+
+    Raises:
+        ArgumentError: as `as_rgb8`.
+    """
+    return [Image.fromarray(as_rgb8(frame, index)) for index, frame in enumerate(iterate_frames(frames))]
+
+
+def crop_box(size: tuple[int, int], height: int, width: int) -> tuple[int, int, int, int]:
+    """Return the largest middle part of a picture with the proportions asked for.
+
+    Args:
+        size: height and width of the picture.
+        height: of the shape asked for.
+        width: of the shape asked for.
+
+    Returns:
+        left, top, right, bottom in pixels.
+
+    Source: DiffSynth-Studio v1 ``diffsynth/data/video.py`` crop_and_resize (same rounding).
+    """
+    full_height, full_width = size
+    if full_height / full_width < height / width:
+        cut = max(1, int(full_height / height * width))
+        left = (full_width - cut) // 2
+        return left, 0, left + cut, full_height
+    cut = max(1, int(full_width / width * height))
+    top = (full_height - cut) // 2
+    return 0, top, full_width, top + cut
+
+
+def cover(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Return ``image`` cropped in the middle and resized (bicubic) to ``width`` x ``height`` pixels."""
+    if image.size == (width, height):
+        return image
+    return image.crop(crop_box((image.height, image.width), height, width)).resize((width, height))
+
+
+def _normalised(frame: Frame, index: int, height: int, width: int) -> tuple[Tensor, tuple[int, int]]:
+    """One frame as (3, height, width) float32 in [-1, 1], and the size it had."""
+    import torch
+
+    is_real = not isinstance(frame, Image.Image) and _dtype_name(frame) != "uint8"
+    if not is_real:
+        image = Image.fromarray(as_rgb8(frame, index))
+        levels = torch.from_numpy(np.array(cover(image, height, width))).permute(2, 0, 1)
+        return levels.to(torch.float32) / 127.5 - 1.0, (image.height, image.width)
+    device = frame.device if isinstance(frame, torch.Tensor) else "cpu"
+    unit = _channels_last(_in_unit_range(_plain_array(frame, index), index), index)
+    plane = torch.from_numpy(np.ascontiguousarray(unit)).to(device).permute(2, 0, 1)
+    size = (plane.shape[1], plane.shape[2])
+    if size != (height, width):
+        left, top, right, bottom = crop_box(size, height, width)
+        part = plane[None, :, top:bottom, left:right]
+        plane = torch.nn.functional.interpolate(
+            part, size=(height, width), mode="bicubic", antialias=True, align_corners=False
+        )[0].clamp(0.0, 1.0)  # bicubic overshoots at edges
+    return plane * 2.0 - 1.0, size
+
+
+def _is_tensor(value: object) -> bool:
+    """Whether this is a torch tensor, told without importing torch."""
+    return type(value).__module__.split(".")[0] == "torch"
+
+
+def _dtype_name(frame: object) -> str:
+    return str(getattr(frame, "dtype", "")).removeprefix("torch.")
+
+
+def _plain_array(frame: object, index: int) -> Array:
+    """The values of an array or tensor on the CPU: uint8 stays, bool and reals become float32."""
+    if _is_tensor(frame):
+        tensor: Any = frame
+        tensor = tensor.detach().cpu()
+        frame = tensor.numpy() if _dtype_name(frame) == "uint8" else tensor.float().numpy()
+    elif isinstance(frame, np.ndarray) and frame.dtype.kind in "fb":
+        frame = frame.astype(np.float32, copy=False)
+    if isinstance(frame, list | tuple):
+        raise ArgumentError(f"frame {index} is a list; give one video at a time: videos[0] is the first.")
+    if not isinstance(frame, np.ndarray) or frame.dtype not in (np.uint8, np.float32):
+        kind = f"an array of {frame.dtype}" if isinstance(frame, np.ndarray) else f"a {type(frame).__name__}"
+        raise ArgumentError(
+            f"frame {index} is {kind}; give PIL pictures, uint8 arrays (H, W, 3) or real numbers in [0, 1]."
+        )
+    return frame
+
+
+def _in_unit_range(array: Array, index: int) -> Array:
+    """``array`` itself when all of it lies in [0, 1], allowing for the last bit of a bfloat16."""
+    low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
+    if not (low >= -1e-2 and high <= 1.0 + 1e-2):
+        raise ArgumentError(
+            f"frame {index} has values from {low:.4g} to {high:.4g}; real-valued frames must lie in [0, 1]. "
+            "Convert first: (x + 1) / 2 from [-1, 1], x / 255 from 0..255, or clamp."
+        )
+    return np.clip(array, 0.0, 1.0) if low < 0.0 or high > 1.0 else array
+
+
+def _channels_last(array: Array, index: int) -> Array:
+    """(H, W, 3), from (H, W), (H, W, 1 | 3 | 4) or (1 | 3 | 4, H, W); alpha is dropped, grey is repeated."""
+    if array.ndim == 2:
+        array = array[:, :, None]
+    is_last = array.ndim == 3 and array.shape[2] in _CHANNELS
+    is_first = array.ndim == 3 and array.shape[0] in _CHANNELS
+    if is_first and (not is_last or array.dtype != np.uint8):  # a tiny picture: each kind's own order wins
+        array = array.transpose(1, 2, 0)
+    elif not is_last:
+        raise ArgumentError(
+            f"frame {index} has the shape {array.shape}; give (H, W, 3) in 8 bits or (3, H, W) in [0, 1]."
+        )
+    if 0 in array.shape:
+        raise ArgumentError(f"frame {index} has the shape {array.shape}; it holds no pixel.")
+    return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[:, :, :3]
