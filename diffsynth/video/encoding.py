@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -170,6 +171,7 @@ def _try_encoder(encoding: Encoding, suffix: str, named: frozenset[str]) -> None
     import av
     from av.video.codeccontext import VideoCodecContext
 
+    os.environ.setdefault("SVT_LOG", "1")  # errors only; AV1's encoder otherwise fills the terminal
     try:
         context: Any = VideoCodecContext.create(encoding.codec, "w")
     except (av.FFmpegError, ValueError) as error:
