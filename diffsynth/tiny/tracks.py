@@ -80,7 +80,7 @@ def find_tracks(clip: Array) -> list[Track]:
     colours: dict[str, list[tuple[int, Array]]] = {}
     for label in np.flatnonzero(sizes >= least):
         piece = labels == label
-        inner = contrast[piece] >= np.median(contrast[piece])
+        inner = contrast[piece] >= np.quantile(contrast[piece], 0.75)  # away from soft edges
         colour: Array = np.median(clip[piece][inner], axis=0).astype(np.float32)
         name = _nearest(colour, COLOURS)
         pieces[name] = pieces[name] | piece if name in pieces else piece
