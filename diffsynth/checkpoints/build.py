@@ -1,0 +1,88 @@
+"""From a match to a network: its class is imported now, its weights are views of the mapped file."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol, cast
+
+from diffsynth.checkpoints.architecture import Config, Match
+from diffsynth.errors import ConfigurationError, IncompleteCheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class NetworkClass(Protocol):
+    """What every network's class offers."""
+
+    def from_config(self, config: Config) -> nn.Module:
+        """Build the network with these sizes."""
+
+
+def build(match: Match, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> nn.Module:
+    """Return the network of ``match`` with its weights, in evaluation mode, without gradients.
+
+    Args:
+        match: an answer of `detect`.
+        dtype: of the floating-point weights; None keeps the file's (quantised ones become bfloat16). On the CPU a
+            weight that needs no cast stays a view of the mapped file: no memory of its own.
+        device: where the weights shall be.
+
+    Raises:
+        UnsupportedModelError: when this version does not build the network.
+        ConfigurationError: when a size is missing; names the key.
+        IncompleteCheckpointError: when tensors are missing, unknown or of another shape; names them.
+    """
+    import torch
+
+    config = match.require_config()
+    network_class = load_class(match)
+    with torch.device("meta"):
+        network = network_class.from_config(config)
+    _check_tensors(match, network)
+    weights = {name: match.checkpoint.tensor(name, device, dtype) for name in match.checkpoint.shapes}
+    network.load_state_dict(weights, strict=True, assign=True)
+    left = [
+        name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta
+    ]
+    if left:
+        raise ConfigurationError(
+            f"{match.architecture.module} made {left[0]} while it was built; a network keeps tables that are not in "
+            "its checkpoint out of its buffers."
+        )
+    return network.requires_grad_(False).eval()
+
+
+def load_class(match: Match) -> NetworkClass:
+    """Import the class of a match.
+
+    Raises:
+        UnsupportedModelError: when this version does not build it.
+    """
+    row = match.architecture
+    if row.module is None:
+        plan = f" {row.planned_in}" if row.planned_in else ""
+        raise UnsupportedModelError(
+            f"{match.checkpoint.source} holds {match.needs}: {row.title}. It is recognised, but not built by this "
+            f"version.{plan}"
+        )
+    module, _, name = row.module.partition(":")
+    return cast("NetworkClass", getattr(import_module(module), name))
+
+
+def _check_tensors(match: Match, network: nn.Module) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = match.checkpoint.shapes
+    faults = {
+        "are missing": [name for name in expected if name not in found],
+        "belong to no layer": [name for name in found if name not in expected],
+        "have another shape": [
+            f"{name} {found[name]} instead of {shape}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ],
+    }
+    for fault, names in faults.items():
+        if names:
+            raise IncompleteCheckpointError(match.checkpoint.source, match.needs, len(expected), fault, names)

@@ -1,0 +1,204 @@
+"""What lies beside the shapes: the file's own metadata, JSON files next to it, and its path.
+
+Some numbers of a network are in no tensor's shape (heads, text length, positions of injected blocks). They are
+taken from the first source that tells them, in this order: metadata key ``config`` of the file; ``NAME.json`` or
+``NAME.config.json`` beside it; ``config.json`` of its folder. A source counts only if every size it names agrees
+with the tensors: official repositories ship files that describe another network, or are wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+from diffsynth.checkpoints.files import SHARD
+
+MAX_JSON_BYTES = 4 << 20
+Shapes = Mapping[str, tuple[int, ...]]
+Role = Literal["high", "low"]
+
+# Parts of a document that describes several networks: {"dit": {...}, "vae": {...}}.
+COMPONENTS = {
+    "dit": ("dit", "wan_video_dit", "transformer", "transformer_2", "unet"),
+    "vae": ("vae", "wan_video_vae"),
+    "text_encoder": ("text_encoder", "wan_video_text_encoder", "t5", "umt5"),
+    "image_encoder": ("image_encoder", "wan_video_image_encoder", "clip"),
+    "audio_encoder": ("audio_encoder", "wan_video_audio_encoder", "wav2vec2"),
+}
+# Keys that only the named network's configuration has: a document with them describes no other network.
+OWN_KEYS = {
+    "dit": {
+        "in_dim",
+        "freq_dim",
+        "text_dim",
+        "text_len",
+        "cross_attn_norm",
+        "vace_layers",
+        "attention_head_dim",
+    },
+    "vae": {"z_dim", "base_dim", "dim_mult", "num_res_blocks", "temperal_downsample", "temporal_downsample"},
+    "text_encoder": {"d_model", "d_ff", "d_kv", "vocab_size", "dim_attn", "dim_ffn", "num_buckets"},
+    "image_encoder": {"image_size", "projection_dim", "vision_config"},
+    "audio_encoder": {"conv_dim", "conv_kernel", "num_feat_extract_layers"},
+}
+_HIGH = re.compile(r"(?<![a-z])high(?:[_-]?noise)?(?![a-z])", re.IGNORECASE)
+_LOW = re.compile(r"(?<![a-z])low(?:[_-]?noise)?(?![a-z])", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One JSON object found beside the shapes."""
+
+    source: str  # for messages: "metadata", "config.json"
+    content: Mapping[str, object]
+
+
+@dataclass
+class Hints:
+    """The documents of one checkpoint, and a notebook of what was assumed while one network's sizes were read."""
+
+    documents: tuple[Document, ...] = ()
+    place: str = "the file"  # the checkpoint, for messages
+    assumed: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # keys that neither a shape, a source nor a rule tells
+    generation: dict[str, object] = field(default_factory=dict)
+
+    def fresh(self) -> Hints:
+        """Return the same documents with an empty notebook."""
+        return Hints(self.documents, self.place)
+
+    def assume(self, sentence: str) -> None:
+        """Note what was taken for granted."""
+        self.assumed.append(sentence)
+
+    def lack(self, key: str, why: str, example: str) -> None:
+        """Note a key that nothing tells, and how to give it."""
+        self.missing.append(
+            f"{key} is missing: {why}. Give it in a config.json in the file's folder, or in the metadata key "
+            f'"config" of the file: {{"{key}": {example}}}.'
+        )
+
+    def told(
+        self, component: str, sizes: Mapping[str, object], spellings: Mapping[str, str] | None = None
+    ) -> dict[str, object]:
+        """Return what agreeing documents say, under our names.
+
+        Args:
+            component: "dit", "vae", "text_encoder", "image_encoder" or "audio_encoder".
+            sizes: what the shapes tell, under our names; a document that names another value is left aside.
+            spellings: other names of keys -> ours.
+        """
+        spellings = spellings or {}
+        answer: dict[str, object] = {}
+        for document in self.documents:
+            self._note_generation(document.content)
+            for part in _parts(document.content, component):
+                said = {
+                    spellings.get(key, key): _plain(value) for key, value in part.items() if value is not None
+                }
+                heads, head_dim = said.get("num_heads"), said.get("attention_head_dim")
+                if isinstance(heads, int) and isinstance(head_dim, int):
+                    said.setdefault("dim", heads * head_dim)
+                wrong = [key for key, value in said.items() if key in sizes and sizes[key] != value]
+                if wrong:
+                    self.assume(
+                        f"{document.source} was left aside: it says {wrong[0]} is {said[wrong[0]]}, the tensors say "
+                        f"{sizes[wrong[0]]}."
+                    )
+                    continue
+                self._note_generation(part)
+                answer = {**said, **answer}
+        return answer
+
+    def _note_generation(self, content: Mapping[str, object]) -> None:
+        defaults = content.get("generation")
+        if isinstance(defaults, str):
+            defaults = _parse(defaults)
+        if isinstance(defaults, Mapping):
+            self.generation = {**defaults, **self.generation}
+
+
+def _plain(value: object) -> object:
+    return tuple(_plain(item) for item in value) if isinstance(value, list) else value
+
+
+def _parts(content: Mapping[str, object], component: str) -> Iterator[Mapping[str, object]]:
+    names = {name for spellings in COMPONENTS.values() for name in spellings}
+    nested = {key: value for key, value in content.items() if key in names and isinstance(value, Mapping)}
+    if nested:
+        yield from (value for key, value in nested.items() if key in COMPONENTS[component])
+        return
+    foreign: set[str] = set().union(*(keys for name, keys in OWN_KEYS.items() if name != component))
+    if not (foreign - OWN_KEYS[component]) & set(content):
+        yield content
+
+
+def _parse(text: str) -> Mapping[str, object] | None:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def read_documents(paths: tuple[Path, ...], metadata: Mapping[str, str]) -> tuple[Document, ...]:
+    """Return the JSON objects that may describe a checkpoint, the most specific first."""
+    documents = []
+    own = _parse(metadata["config"]) if "config" in metadata else None
+    if own is not None or "generation" in metadata:
+        extra = {"generation": metadata["generation"]} if "generation" in metadata else {}
+        documents.append(Document('the metadata key "config"', {**extra, **(own or {})}))
+    if paths:
+        shard = SHARD.fullmatch(paths[0].name)
+        stem = shard["stem"] if shard else paths[0].stem
+        for name in (f"{stem}.json", f"{stem}.config.json", "config.json"):
+            file = paths[0].parent / name
+            if file.is_file() and file.stat().st_size <= MAX_JSON_BYTES:
+                content = _parse(file.read_text("utf-8", errors="replace"))
+                if content is not None:
+                    documents.append(Document(name, content))
+    return tuple(documents)
+
+
+def role_of(paths: tuple[Path, ...], metadata: Mapping[str, str]) -> Role | None:
+    """Return which expert of a pair this is: the noisy half or the clean half of the way, as its path says."""
+    texts = [text for path in paths[:1] for text in (path.name, path.parent.name)]
+    for text in (*texts, metadata.get("model_type", "")):
+        high, low = _HIGH.search(text), _LOW.search(text)
+        if bool(high) != bool(low):
+            return "high" if high else "low"
+    if paths and paths[0].parent.name in ("transformer", "transformer_2"):
+        index = paths[0].parent.parent / "model_index.json"
+        second = (
+            (_parse(index.read_text("utf-8", errors="replace")) or {}).get("transformer_2")
+            if index.is_file()
+            else None
+        )
+        if isinstance(second, list) and any(second):
+            return "high" if paths[0].parent.name == "transformer" else "low"
+    return None
+
+
+def size_of(shapes: Shapes, name: str, axis: int) -> int:
+    """Return one axis of a tensor; a mark of the row guarantees that the tensor is there."""
+    from diffsynth.errors import ConfigurationError
+
+    shape = shapes.get(name)
+    if shape is None or axis >= len(shape) or prod(shape) == 0:
+        raise ConfigurationError(
+            f"{name} has shape {shape}; it should have {axis + 1} or more axes, none of them empty. The file is not "
+            "of the kind that its names say."
+        )
+    return shape[axis]
+
+
+def count_of(shapes: Shapes, prefix: str) -> int:
+    """Return 1 + the largest N among names ``<prefix>N.``; 0 if there is none."""
+    cut = len(prefix)
+    numbers = {name[cut:].split(".", 1)[0] for name in shapes if name.startswith(prefix)}
+    return max((int(n) + 1 for n in numbers if n.isdecimal()), default=0)

@@ -1,0 +1,94 @@
+"""Downloads of whole repositories, on request only: loading a path never touches the network."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffsynth.errors import ArgumentError, CheckpointNotFoundError
+
+logger = logging.getLogger("diffsynth")
+
+SITES = ("ModelScope", "HuggingFace")
+
+
+def download_models(
+    model_id_list: Sequence[str],
+    downloading_priority: Sequence[str] = SITES,
+    local_dir: str | Path = "models",
+) -> list[str]:
+    """Download repositories, and return the folder of each: ``<local_dir>/<organisation>/<repository>``.
+
+    Args:
+        model_id_list: ids such as ``"Wan-AI/Wan2.1-T2V-1.3B"``.
+        downloading_priority: "ModelScope" and "HuggingFace", in the order in which they are tried.
+        local_dir: where repositories are kept; files that are complete there are not downloaded again.
+
+    Raises:
+        ArgumentError: for something that is no id, or an unknown site.
+        CheckpointNotFoundError: when no site has it; says what each answered.
+    """
+    ids = [model_id_list] if isinstance(model_id_list, str) else list(model_id_list)
+    return [
+        str(_download(model_id, None, Path(local_dir) / model_id, downloading_priority)) for model_id in ids
+    ]
+
+
+def download_customized_models(
+    model_id: str,
+    origin_file_path: str | Sequence[str],
+    local_dir: str | Path,
+    downloading_priority: Sequence[str] = SITES,
+) -> list[str]:
+    """Download some files of one repository into ``local_dir``, and return their paths.
+
+    Args:
+        model_id: such as ``"Wan-AI/Wan2.1-T2V-1.3B"``.
+        origin_file_path: a file of the repository or a pattern ("*.safetensors"), or a list of these.
+        local_dir: where they are put, under the path that they have in the repository.
+        downloading_priority: "ModelScope" and "HuggingFace", in the order in which they are tried.
+
+    Raises:
+        ArgumentError: for something that is no id, or an unknown site.
+        CheckpointNotFoundError: when no site has it, or it has no such file.
+    """
+    patterns = [origin_file_path] if isinstance(origin_file_path, str) else list(origin_file_path)
+    folder = _download(model_id, patterns, Path(local_dir), downloading_priority)
+    files = sorted({str(file) for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    if not files:
+        raise CheckpointNotFoundError(
+            f"{model_id} has no file {', '.join(patterns)}; look at its page on the hub."
+        )
+    return files
+
+
+def _download(model_id: str, patterns: list[str] | None, folder: Path, sites: Sequence[str]) -> Path:
+    if model_id.count("/") != 1 or not all(model_id.split("/")) or ".." in model_id:
+        raise ArgumentError(
+            f"{model_id!r} is no id of a repository; give ORGANISATION/REPOSITORY, or a path to load_models."
+        )
+    unknown = [site for site in sites if site not in SITES]
+    if unknown or not sites:
+        raise ArgumentError(
+            f"downloading_priority is {list(sites)}; give {' and '.join(SITES)} in the order you like."
+        )
+    answers = []
+    for site in sites:
+        try:
+            logger.info("Downloading %s from %s into %s", model_id, site, folder)
+            return Path(_snapshot(site, model_id, patterns, folder))
+        except Exception as error:  # each hub's client has errors of its own; the next site may have it
+            logger.warning("%s did not give %s: %s", site, model_id, error)
+            answers.append(f"{site}: {error or type(error).__name__}")
+    raise CheckpointNotFoundError(f"{model_id} could not be downloaded. " + "; ".join(answers))
+
+
+def _snapshot(site: str, model_id: str, patterns: list[str] | None, folder: Path) -> str:
+    if site == "ModelScope":
+        from modelscope import snapshot_download as from_modelscope
+
+        return str(from_modelscope(model_id, local_dir=str(folder), allow_patterns=patterns))
+    from huggingface_hub import snapshot_download as from_huggingface
+
+    return str(from_huggingface(model_id, local_dir=str(folder), allow_patterns=patterns))

@@ -1,0 +1,302 @@
+"""Loads any checkpoint of the Wan family: the file says what it is, the manager builds it and keeps it.
+
+Nothing is built before every path has been looked at, so that a wrong path costs no time and no memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from diffsynth.checkpoints.architecture import Match
+from diffsynth.checkpoints.build import build, load_class
+from diffsynth.checkpoints.checkpoint import Checkpoint
+from diffsynth.checkpoints.detect import detect
+from diffsynth.checkpoints.files import PathLike
+from diffsynth.errors import ArgumentError, UnknownCheckpointError, UnsupportedModelError
+from diffsynth.models.registry import ARCHITECTURES
+
+logger = logging.getLogger("diffsynth")
+
+Paths = PathLike | Sequence[PathLike | Sequence[PathLike]]
+Device = str | torch.device
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# Encoders that other variants need: in a folder of a whole repository they are passed over until they can be built.
+OPTIONAL_IN_FOLDERS = ("wan_video_image_encoder", "wan_video_audio_encoder")
+
+
+class _DefaultDevice(str):
+    """The default of ``device``: reads "cuda" as in v1, and means "cuda if there is one"."""
+
+
+CUDA_IF_THERE = _DefaultDevice("cuda")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """One network that a manager holds, and where it came from."""
+
+    name: str
+    model: nn.Module
+    paths: tuple[Path, ...]
+    match: Match
+
+
+class ModelManager:
+    """Holds the networks of a pipeline.
+
+    Args:
+        torch_dtype: dtype of the weights loaded from now on; None keeps each file's own.
+        device: where weights are put; None, and the default where there is no GPU: "cuda" if there is one, else "cpu".
+        model_id_list: ids on the hubs (``"Wan-AI/Wan2.1-T2V-1.3B"``), downloaded now and loaded.
+        file_path_list: loaded now, see `load_models`.
+        downloading_priority: where ``model_id_list`` is looked for, in this order.
+    """
+
+    def __init__(
+        self,
+        torch_dtype: torch.dtype | None = torch.bfloat16,
+        device: Device | None = CUDA_IF_THERE,
+        model_id_list: Sequence[str] | None = None,
+        file_path_list: Paths | None = None,
+        downloading_priority: Sequence[str] = ("ModelScope", "HuggingFace"),
+    ) -> None:
+        self.torch_dtype = _storage_dtype(torch_dtype)
+        self.device = _resolved_device(device)
+        self.loaded: list[LoadedModel] = []
+        if model_id_list:
+            from diffsynth.models.download import download_models
+
+            self.load_models(download_models(model_id_list, downloading_priority))
+        if file_path_list:
+            self.load_models(file_path_list)
+
+    @property
+    def model(self) -> list[nn.Module]:
+        """The networks, in the order in which they were loaded."""
+        return [entry.model for entry in self.loaded]
+
+    @property
+    def model_path(self) -> list[str | list[str]]:
+        """Where each network came from: its file, or the list of its shards."""
+        return [_plain_paths(entry.paths) for entry in self.loaded]
+
+    @property
+    def model_name(self) -> list[str]:
+        """The name of each network, as `fetch_model` takes it."""
+        return [entry.name for entry in self.loaded]
+
+    def load_model(
+        self,
+        file_path: PathLike | Sequence[PathLike],
+        model_names: Sequence[str] | None = None,
+        device: Device | None = None,
+        torch_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Load a file, a folder, or the list of the shards of one model; arguments as in `load_models`."""
+        paths = [file_path] if isinstance(file_path, (str, Path)) else [list(file_path)]
+        self.load_models(paths, model_names, device, torch_dtype)
+
+    def load_models(
+        self,
+        file_path_list: Paths,
+        model_names: Sequence[str] | None = None,
+        device: Device | None = None,
+        torch_dtype: torch.dtype | None = None,
+    ) -> ModelManager:
+        """Load every network found in these paths, and return the manager.
+
+        Args:
+            file_path_list: files, folders, globs and lists of shards in any mix; one path alone is fine, and the
+                shards of a model may also be given one by one.
+            model_names: load only networks of these names; None loads all.
+            device: where their weights are put; None: the manager's device.
+            torch_dtype: dtype of their weights; None: the manager's dtype.
+
+        Raises:
+            CheckpointNotFoundError, MissingShardError, CorruptCheckpointError, UnsafeCheckpointError: for files
+                that cannot be read.
+            UnknownCheckpointError: for a file that is no known network; says which is nearest.
+            UnsupportedModelError: for a network that is known but not built by this version.
+            ConfigurationError, IncompleteCheckpointError: for a network whose sizes or tensors are incomplete.
+        """
+        place = self.device if device is None else _resolved_device(device)
+        dtype = self.torch_dtype if torch_dtype is None else _storage_dtype(torch_dtype)
+        matches = _wanted(_recognised(Checkpoint.open_all(file_path_list)), model_names)
+        for match in matches:
+            match.require_config()
+            load_class(match)
+        for match in matches:
+            self._add(match, build(match, dtype, place))
+        return self
+
+    def fetch_model(
+        self,
+        model_name: str,
+        file_path: PathLike | Sequence[PathLike] | None = None,
+        require_model_path: bool = False,
+    ) -> nn.Module | None | tuple[nn.Module, str | list[str]]:
+        """Return the first network of this name, or None if there is none.
+
+        Args:
+            model_name: "wan_video_dit", "wan_video_vae", ...
+            file_path: only a network that came from this file (or one of these shards).
+            require_model_path: return (network, path) instead.
+        """
+        wanted = None
+        if file_path is not None:
+            given = [file_path] if isinstance(file_path, (str, Path)) else file_path
+            wanted = {Path(path).expanduser().resolve() for path in given}
+        found = [
+            entry
+            for entry in self.loaded
+            if entry.name == model_name
+            and (wanted is None or wanted & {path.resolve() for path in entry.paths})
+        ]
+        if not found:
+            loaded = ", ".join(self.model_name) or "none"
+            logger.info(
+                "No %s is loaded%s (loaded: %s).",
+                model_name,
+                f" from {file_path}" if file_path else "",
+                loaded,
+            )
+            return None
+        if len(found) > 1:
+            logger.info(
+                "%d networks are %s; the first is used: %s.", len(found), model_name, found[0].paths[0]
+            )
+        first = found[0]
+        return (first.model, _plain_paths(first.paths)) if require_model_path else first.model
+
+    def to(self, device: Device) -> None:
+        """Move every network to ``device``."""
+        for entry in self.loaded:
+            entry.model.to(_resolved_device(device))
+
+    def _add(self, match: Match, model: nn.Module) -> None:
+        tensors = [*model.parameters(), *model.buffers()]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**30
+        dtypes = sorted(
+            {str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.is_floating_point()}
+        )
+        logger.info(
+            "Loaded %s: %s, %.2f GiB, from %s", match.needs, "/".join(dtypes), size, match.checkpoint.source
+        )
+        for sentence in match.assumed:
+            logger.info("%s: %s", match.name, sentence)
+        if match.left_over:
+            logger.warning(
+                "%s: %d tensors belong to no known network and were not read: %s%s",
+                match.checkpoint.source,
+                len(match.left_over),
+                ", ".join(match.left_over[:3]),
+                " ..." if len(match.left_over) > 3 else "",
+            )
+        self.loaded.append(LoadedModel(match.name, model, match.checkpoint.paths, match))
+
+
+def _plain_paths(paths: tuple[Path, ...]) -> str | list[str]:
+    return str(paths[0]) if len(paths) == 1 else [str(path) for path in paths]
+
+
+def _storage_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    if dtype in FP8:
+        raise UnsupportedModelError(
+            f"torch_dtype is {dtype}: keeping weights in fp8 is not in this version yet. Use torch.bfloat16; fp8 files "
+            "load and are widened."
+        )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ArgumentError(
+            f"torch_dtype is {dtype!r}; give torch.bfloat16, torch.float16 or torch.float32, or None."
+        )
+    return dtype
+
+
+def _resolved_device(device: Device | None) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if device is None or isinstance(device, _DefaultDevice):
+        chosen = torch.device("cuda" if has_cuda else "cpu")
+        logger.info("device: %s (%s)", chosen, "a GPU was found" if has_cuda else "no GPU was found")
+        return chosen
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not has_cuda:
+        raise ArgumentError(
+            f"device is {str(device)!r}, but torch finds no GPU. Use device='cpu', or None to choose."
+        )
+    return chosen
+
+
+def _recognised(checkpoints: Sequence[Checkpoint]) -> list[Match]:
+    """Detect all networks; files that are unknown alone but complete each other are put together."""
+    found: dict[int, list[Match]] = {}
+    unknown: dict[int, UnknownCheckpointError] = {}
+    for i, checkpoint in enumerate(checkpoints):
+        try:
+            found[i] = _usable(checkpoint, detect(checkpoint, ARCHITECTURES))
+        except UnknownCheckpointError as error:
+            unknown[i] = error
+    for i, matches in _put_together([(i, checkpoints[i]) for i in unknown]).items():
+        found[i] = matches
+    for i, reason in unknown.items():
+        if i in found:
+            continue
+        if not (checkpoints[i].from_folder and any(found.values())):
+            raise reason
+        logger.warning("Passed over: %s", reason)
+    return [match for i in sorted(found) for match in found[i]]
+
+
+def _put_together(parts: list[tuple[int, Checkpoint]]) -> dict[int, list[Match]]:
+    """Files of one folder that are no model alone may be the parts of one, under names that do not say so."""
+    together: dict[int, list[Match]] = {}
+    for folder in {checkpoint.paths[0].parent for _, checkpoint in parts}:
+        inside = [(i, checkpoint) for i, checkpoint in parts if checkpoint.paths[0].parent == folder]
+        names = [name for _, checkpoint in inside for name in checkpoint.shapes]
+        if len(inside) < 2 or len(names) != len(set(names)):
+            continue
+        merged = inside[0][1]
+        for _, checkpoint in inside[1:]:
+            merged = merged.merged(checkpoint)
+        try:
+            together[inside[0][0]] = _usable(merged, detect(merged, ARCHITECTURES))
+        except UnknownCheckpointError:
+            continue
+        together.update({i: [] for i, _ in inside[1:]})
+    return together
+
+
+def _usable(checkpoint: Checkpoint, matches: list[Match]) -> list[Match]:
+    """Without the encoders that a folder holds for variants which cannot be built yet."""
+    usable = []
+    for match in matches:
+        if checkpoint.from_folder and match.architecture.module is None and match.name in OPTIONAL_IN_FOLDERS:
+            logger.warning(
+                "Passed over: %s holds %s, which this version does not build. Inputs that need it cannot be used.",
+                checkpoint.source,
+                match.needs,
+            )
+        else:
+            usable.append(match)
+    return usable
+
+
+def _wanted(matches: list[Match], model_names: Sequence[str] | None) -> list[Match]:
+    if model_names is None:
+        return matches
+    names = [model_names] if isinstance(model_names, str) else list(model_names)
+    present = {match.name for match in matches}
+    absent = [name for name in names if name not in present]
+    if absent:
+        raise ArgumentError(
+            f"model_names asks for {', '.join(absent)}; these paths hold {', '.join(sorted(present)) or 'no network'}."
+        )
+    for match in matches:
+        if match.name not in names:
+            logger.warning("Not loaded, because model_names does not name it: %s", match.needs)
+    return [match for match in matches if match.name in names]
