@@ -110,3 +110,26 @@ class MediaNotFoundError(DiffSynthError, FileNotFoundError):
 
 class MediaReadError(DiffSynthError, ValueError):
     """A video or picture that cannot be decoded."""
+
+
+class IncompleteCheckpointError(CheckpointError, ValueError):
+    """A file that is recognised but lacks tensors of its network, or has tensors of other shapes."""
+
+    def __init__(self, path: str, network: str, num_tensors: int, fault: str, names: Sequence[str]) -> None:
+        super().__init__(
+            f"{path} is {network} with {num_tensors} tensors, but {len(names)} of the file's {fault}: "
+            f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}. If the model is split over several files, give "
+            "all of them; otherwise download it again, or export it with all its weights."
+        )
+        self.names = list(names)
+
+
+class LoRAFileError(UnknownCheckpointError):
+    """A file of LoRA weights where a model was expected."""
+
+    def __init__(self, path: str, num_tensors: int) -> None:
+        DiffSynthError.__init__(
+            self,
+            f"{path} is a LoRA ({num_tensors} tensors), not a model: load the model first, then use "
+            "load_lora(PATH, lora_alpha=1.0) on it.",
+        )
