@@ -1,0 +1,44 @@
+"""What every test starts from: known seeds, no network, a GPU left empty."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import socket
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+# read by the libraries when they are imported, so before any test is collected
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+LOCAL = ("127.", "::1", "localhost")
+
+
+@pytest.fixture(autouse=True)
+def known_seeds() -> Iterator[None]:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that asks the network is a test that fails on a train."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: object) -> None:
+        is_far = isinstance(address, tuple) and not str(address[0]).startswith(LOCAL)
+        if is_far:
+            raise AssertionError(f"this test asks the network for {address}")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)

@@ -1,0 +1,38 @@
+"""Pictures that tests recognise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+NUM_FRAMES = 31
+
+
+def numbered_frame(number: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """A picture that tells its number: five grey bars, one per bit."""
+    bits = [number >> bit & 1 for bit in range(5)]
+    return (
+        np.repeat(np.kron(bits, np.ones((height, width // 5 + 1)))[:, :width, None], 3, axis=2).astype("u1")
+        * 255
+    )
+
+
+def number_of(image: Image.Image) -> int:
+    row = np.asarray(image.convert("L"))[image.height // 2]
+    bar = len(row) // 5 + 1
+    return sum(int(row[min(bar * bit + bar // 2, len(row) - 1)] > 127) << bit for bit in range(5))
+
+
+def numbered(count: int = NUM_FRAMES) -> Iterator[np.ndarray]:
+    return (numbered_frame(number) for number in range(count))
+
+
+def noise(height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def smooth(height: int = 48, width: int = 64) -> np.ndarray:
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    return np.stack([255 * x, 255 * y, 255 * (1 - x)], axis=2).astype(np.uint8)
