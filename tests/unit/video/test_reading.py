@@ -136,6 +136,6 @@ def test_wrong_sources_say_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(MediaNotFoundError, match="holds no picture"):
         VideoData(image_folder=tmp_path)
     with pytest.raises(UnknownArgumentError, match="Did you mean 'height'"):
-        VideoData(tmp_path / "none.mp4", heigth=3)
+        VideoData(tmp_path / "none.mp4", heightt=3)
     with pytest.raises(ArgumentError, match="give both"):
         VideoData(tmp_path / "none.mp4", height=3)
