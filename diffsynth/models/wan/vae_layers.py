@@ -68,8 +68,11 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * num_dims))
 
     def forward(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12)
-        return x / length * (self.gamma * math.sqrt(x.shape[1]))
+        # Channels last in the view as in memory: a reduction over the innermost axis is several times faster.
+        vectors = x.movedim(1, -1)
+        length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(1e-12)
+        scaled = vectors / length * (self.gamma.flatten() * math.sqrt(x.shape[1]))
+        return scaled.movedim(-1, 1)
 
 
 class ResidualBlock(nn.Module):

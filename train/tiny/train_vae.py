@@ -1,0 +1,105 @@
+"""Train the tiny VAE: `python -m train.tiny.train_vae --minutes 45`. Goes on from where it was cut off."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffsynth.models.wan.vae import VAEConfig, WanVideoVAE
+from diffsynth.models.wan.vae_layers import History
+from train.tiny.data import SIZE, vae_batch
+from train.tiny.state import Run, cosine
+
+CONFIG = VAEConfig(dim=16, num_res_blocks=1)
+LEARNING_RATE = 2e-3
+LENGTHS = {1: 0.08, 5: 0.17, 9: 0.2, 17: 0.4, 25: 0.15}  # frames of a clip: share of the batches
+PIXELS = 6 * 17 * 32 * 32  # of one batch, whatever its sizes
+LATENT_NOISE = 0.05  # laid over latents of deviation 1: the decoder meets imperfect latents in use
+
+
+def reconstruct(vae: WanVideoVAE, video: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return what comes back, (B, 3, F, H, W), and the raw latent means, both with gradients."""
+    packed = video.contiguous(memory_format=torch.channels_last_3d)
+    latents = vae.conv1(vae.encoder(packed, History()))[:, : vae.config.z_dim]
+    noisy = latents + noise * torch.randn_like(latents)
+    return vae.decoder(vae.conv2(noisy), History()).float(), latents.float()
+
+
+def loss_of(back: Tensor, video: Tensor, latents: Tensor) -> Tensor:
+    """Mean error of the pixels, edges counting more, and a pull of the latents towards deviation 1."""
+    edge = torch.zeros_like(video[:, :1])
+    across = (video[..., 1:] - video[..., :-1]).abs().amax(dim=1, keepdim=True)
+    along = (video[..., 1:, :] - video[..., :-1, :]).abs().amax(dim=1, keepdim=True)
+    edge[..., 1:] += across
+    edge[..., :-1] += across
+    edge[..., 1:, :] += along
+    edge[..., :-1, :] += along
+    error = back - video
+    weight = 1 + 2 * edge.clamp(max=1)
+    return (weight * (error.abs() + error.square())).mean() + 2e-5 * latents.square().mean()
+
+
+@torch.no_grad()
+def psnr(vae: WanVideoVAE, num_frames: int, count: int = 8) -> float:
+    """Mean PSNR in dB over held-out clips of one length."""
+    video = vae_batch(random.Random(10_000 + num_frames), count, num_frames, SIZE, recoloured=0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        back, _ = reconstruct(vae, video)
+    mse = (back.clamp(-1, 1) - video).square().mean(dim=(1, 2, 3, 4)) / 4
+    return float((-10 * mse.log10()).mean())
+
+
+def train(out: Path, minutes: float, seed: int) -> None:
+    """Train for ``minutes`` of wall clock counted over all starts; the schedule follows the clock."""
+    torch.manual_seed(seed)
+    vae = WanVideoVAE(CONFIG)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
+    run = Run(out / "vae.pt", {"vae": vae}, optimizer)
+    clock = out / "vae.seconds"
+    used = float(clock.read_text()) if clock.exists() else 0.0
+    rng, started, recent = random.Random(seed + run.step), time.monotonic(), []
+    while (elapsed := used + time.monotonic() - started) < minutes * 60:
+        progress = elapsed / (minutes * 60)
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * cosine(progress)
+        num_frames = rng.choices(list(LENGTHS), list(LENGTHS.values()))[0]
+        crop = SIZE if rng.random() < 0.1 + 0.4 * progress else 32
+        count = max(1, min(24, PIXELS // (num_frames * crop * crop)))
+        video = vae_batch(rng, count, num_frames, crop)
+        with torch.autocast("cpu", torch.bfloat16):
+            back, latents = reconstruct(vae, video, LATENT_NOISE)
+        loss = loss_of(back, video, latents)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        recent.append(loss.item())
+        if run.step % 200 == 0:
+            mean, recent = sum(recent) / len(recent), []
+            quality = {n: round(psnr(vae, n, 4), 1) for n in ((17,) if run.step % 2000 else (1, 9, 17, 25))}
+            print(f"step {run.step} {elapsed / 60:.1f} min loss {mean:.4f} deviation {latents.std():.2f} dB {quality}", flush=True)
+            if not math.isfinite(mean):
+                raise SystemExit("the loss is not finite; start again with another seed")
+        run.advance(lambda text: print(text, flush=True))
+        if run.step % 50 == 0:
+            clock.write_text(str(elapsed))
+    run.save()
+    clock.write_text(str(minutes * 60))
+    vae.load_state_dict(run.average["vae"])
+    print("held out, averaged weights:", {n: round(psnr(vae, n, 32), 2) for n in (1, 5, 9, 17, 25)}, flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("outputs/tiny"))
+    parser.add_argument("--minutes", type=float, default=45.0)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    train(arguments.out, arguments.minutes, arguments.seed)
