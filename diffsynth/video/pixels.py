@@ -130,7 +130,9 @@ def tensor_to_frames(video: Tensor, rounding: Literal["round", "truncate"] = "ro
         raise ArgumentError(f"video has the shape {tuple(video.shape)}; give (B, 3, F, H, W).")
     if rounding not in ("round", "truncate"):
         raise ArgumentError(f'rounding is {rounding!r}; give "round" or "truncate".')
-    if not torch.isfinite(video).all():
+    if (
+        video.numel() and not torch.isfinite(torch.stack(torch.aminmax(video))).all()
+    ):  # NaN is kept by aminmax
         raise NotFiniteError(
             "The decoded video holds NaN or infinity. Load the VAE in float32 (torch_dtype=torch.float32); "
             "if that does not help, the weights are damaged."
@@ -188,8 +190,8 @@ def _normalised(frame: Frame, index: int, height: int, width: int) -> tuple[Tens
     is_real = not isinstance(frame, Image.Image) and _dtype_name(frame) != "uint8"
     if not is_real:
         image = Image.fromarray(as_rgb8(frame, index))
-        levels = torch.from_numpy(np.array(cover(image, height, width))).permute(2, 0, 1)
-        return levels.to(torch.float32) / 127.5 - 1.0, (image.height, image.width)
+        levels = torch.from_numpy(np.array(cover(image, height, width))).permute(2, 0, 1).contiguous()
+        return levels.to(torch.float32).div_(127.5).sub_(1.0), (image.height, image.width)
     device = frame.device if isinstance(frame, torch.Tensor) else "cpu"
     unit = _channels_last(_in_unit_range(_plain_array(frame, index), index), index)
     plane = torch.from_numpy(np.ascontiguousarray(unit)).to(device).permute(2, 0, 1)

@@ -94,7 +94,9 @@ def test_rounding_is_nearest_and_truncation_is_asked_for() -> None:
     assert tensor_to_frames(video, rounding="truncate")[0, 0, 0, :, 0].tolist() == [0, 0, 0, 0, 254, 255, 255]
     assert tensor_to_frames(video.bfloat16()).shape == (1, 1, 1, 7, 3)
     with pytest.raises(NotFiniteError, match="float32"):
-        tensor_to_frames(video * float("nan"))
+        tensor_to_frames(torch.where(levels == 1.0, float("nan"), video))
+    with pytest.raises(NotFiniteError, match="float32"):
+        tensor_to_frames(torch.where(levels == 1.0, float("inf"), video.bfloat16()))
     with pytest.raises(ArgumentError, match=r"give \(B, 3, F, H, W\)"):
         tensor_to_frames(video[0])
     with pytest.raises(ArgumentError, match="rounding"):
