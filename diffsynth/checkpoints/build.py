@@ -25,8 +25,8 @@ def build(match: Match, dtype: torch.dtype | None = None, device: str | torch.de
 
     Args:
         match: an answer of `detect`.
-        dtype: of the floating-point weights; None keeps the file's (quantised ones become bfloat16). On the CPU a
-            weight that needs no cast stays a view of the mapped file: no memory of its own.
+        dtype: of the floating-point weights; None keeps the file's (quantised ones become bfloat16). On the
+            CPU a weight that needs no cast stays a view of the mapped file: no memory of its own.
         device: where the weights shall be.
 
     Raises:
@@ -48,8 +48,8 @@ def build(match: Match, dtype: torch.dtype | None = None, device: str | torch.de
     ]
     if left:
         raise ConfigurationError(
-            f"{match.architecture.module} made {left[0]} while it was built; a network keeps tables that are not in "
-            "its checkpoint out of its buffers."
+            f"{match.architecture.module} made {left[0]} while it was built; a network keeps tables that are "
+            "not in its checkpoint out of its buffers."
         )
     return network.requires_grad_(False).eval()
 
@@ -64,8 +64,8 @@ def load_class(match: Match) -> NetworkClass:
     if row.module is None:
         plan = f" {row.planned_in}" if row.planned_in else ""
         raise UnsupportedModelError(
-            f"{match.checkpoint.source} holds {match.needs}: {row.title}. It is recognised, but not built by this "
-            f"version.{plan}"
+            f"{match.checkpoint.source} holds {match.needs}: {row.title}. It is recognised, but not built by "
+            f"this version.{plan}"
         )
     module, _, name = row.module.partition(":")
     return cast("NetworkClass", getattr(import_module(module), name))

@@ -1,8 +1,8 @@
 """A checkpoint: names, shapes and dtypes at once; tensors when asked for, as views of the mapped file.
 
-Opening reads headers only (a 28 GB model in some milliseconds, without torch). `renamed` and `select` give views of
-a checkpoint; nothing is copied before `tensor` is called, and there only what must be (quantised weights are
-widened, parts that another layout keeps apart are joined).
+Opening reads headers only (a 28 GB model in some milliseconds, without torch). `renamed` and `select` give
+views of a checkpoint; nothing is copied before `tensor` is called, and there only what must be (quantised
+weights are widened, parts that another layout keeps apart are joined).
 """
 
 from __future__ import annotations
@@ -59,15 +59,16 @@ class Checkpoint:
                 f"{paths} holds the files of {len(groups)} models ({names}). Open one of them, or all with "
                 "Checkpoint.open_all() or ModelManager.load_models()."
             )
-        return cls._open_group(groups[0])
+        return cls.open_group(groups[0])
 
     @classmethod
     def open_all(cls, paths: PathLike | Sequence[PathLike | Sequence[PathLike]]) -> list[Checkpoint]:
-        """Open every model among ``paths``, in any mix of files, folders, globs, shards and lists of shards."""
-        return [cls._open_group(group) for group in group_files(paths)]
+        """Open every model among ``paths``: files, folders, globs, shards and lists of shards, in any mix."""
+        return [cls.open_group(group) for group in group_files(paths)]
 
     @classmethod
-    def _open_group(cls, group: FileGroup) -> Checkpoint:
+    def open_group(cls, group: FileGroup) -> Checkpoint:
+        """Open the files of one model, as `group_files` finds them."""
         entries: dict[str, Entry] = {}
         metadata: dict[str, str] = {}
         home: dict[str, Path] = {}
@@ -77,8 +78,8 @@ class Checkpoint:
             for name, stored in header.tensors.items():
                 if name in home:
                     raise CheckpointError(
-                        f"{name} is in {home[name]} and in {path}: these are not shards of one model. Give them as "
-                        "two entries of the list, not as one inner list."
+                        f"{name} is in {home[name]} and in {path}: these are not shards of one model. Give "
+                        "them as two entries of the list, not as one inner list."
                     )
                 home[name], entries[name] = path, stored_entry(file, stored)
             metadata = {**header.metadata, **metadata}
@@ -135,8 +136,8 @@ class Checkpoint:
         Args:
             name: a key of `shapes`.
             device: where it is needed; on the CPU the answer is a view of the mapped file wherever possible.
-            dtype: None keeps the stored dtype. Quantised weights (fp8, scaled int8) are widened: stored * scale in
-                float32, then ``dtype``, bfloat16 if None.
+            dtype: None keeps the stored dtype. Quantised weights (fp8, scaled int8) are widened: stored *
+                scale in float32, then ``dtype``, bfloat16 if None.
 
         Raises:
             KeyError: when there is no such tensor.
@@ -155,8 +156,8 @@ class Checkpoint:
     def stored(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Return one tensor as it is stored, and its scale or None; the weight is ``stored.float() * scale``.
 
-        The scale is float32 and broadcasts: () for one per tensor, (rows, 1) for one per row; (rows, blocks, 1)
-        multiplies the weight seen as (rows, blocks, columns / blocks).
+        The scale is float32 and broadcasts: () for one per tensor, (rows, 1) for one per row; (rows, blocks,
+        1) multiplies the weight seen as (rows, blocks, columns / blocks).
         """
         return self._entries[name].load()
 

@@ -124,7 +124,7 @@ def _match(
         missing=hints.missing,
         left_over=left_over,
         generation=hints.generation,
-        role=role_of(group.paths, group.metadata) if row.name.startswith("wan_video_") else None,
+        role=None if row.name.endswith(("_vae", "_encoder")) else role_of(group.paths, group.metadata),
         attachments=group.select(attached) if attached else None,
     )
 

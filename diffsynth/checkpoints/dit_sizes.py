@@ -1,7 +1,8 @@
 """Sizes and family of a diffusion transformer, read from names and shapes.
 
-z is the number of latent channels (``out_dim``). What the first layer takes beside the noise names the inputs:
-in_dim - out_dim = 0 nothing, z image, z + 4 mask and image, 2 z control and image, 2 z + 4 control, mask and image.
+z is the number of latent channels (``out_dim``). What the first layer takes beside the noise names the
+inputs: in_dim - out_dim = 0 nothing, z image, z + 4 mask and image, 2 z control and image, 2 z + 4 control,
+mask and image.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def dit_config(shapes: Shapes, hints: Hints) -> Config:
     rows = size_of(shapes, "head.head.weight", 0)
     if rows % prod(patch_size):
         raise ConfigurationError(
-            f"head.head.weight has {rows} rows, which do not divide into patches of {patch_size}; this is no Wan DiT."
+            f"head.head.weight has {rows} rows, which do not divide into patches of {patch_size}; this is no "
+            "Wan DiT."
         )
     image_dim = shapes["img_emb.proj.1.weight"][1] if "img_emb.proj.1.weight" in shapes else None
     sizes: Config = {
@@ -126,16 +128,15 @@ def dit_family(shapes: Shapes, hints: Hints, config: Mapping[str, object]) -> st
     assert isinstance(z, int) and isinstance(in_dim, int)
     extra = in_dim - z
     if extra == 0:
-        return (
-            "ti2v" if z == 48 else "t2v"
-        )  # 48 latent channels: Wan2.2 VAE, whose DiT holds first frames clean
+        # 48 latent channels are those of the Wan2.2 VAE; the DiT made for it holds given first frames clean
+        return "ti2v" if z == 48 else "t2v"
     if extra in (z, z + 4):
         return "i2v"
     if extra in (2 * z, 2 * z + 4):
         return "fun-control"
     hints.assume(
-        f"in_dim is {in_dim} and out_dim {z}: {extra} channels beside the noise are no known set of inputs, so this is "
-        "taken for t2v, which leaves them empty."
+        f"in_dim is {in_dim} and out_dim {z}: {extra} channels beside the noise are no known set of inputs, "
+        "so this is taken for t2v, which leaves them empty."
     )
     return "t2v"
 
@@ -143,7 +144,7 @@ def dit_family(shapes: Shapes, hints: Hints, config: Mapping[str, object]) -> st
 def every_nth(
     hints: Hints, key: str, count: int, num_layers: int | None, told: object
 ) -> tuple[int, ...] | None:
-    """Return the layers at which ``count`` blocks join a DiT: as told, else evenly spaced; None if nothing tells."""
+    """Return the layers at which ``count`` blocks join a DiT: as told, else evenly spaced."""
     if isinstance(told, tuple) and len(told) == count and all(isinstance(n, int) for n in told):
         return told
     if num_layers is None:
@@ -173,19 +174,17 @@ def vace_config(shapes: Shapes, hints: Hints) -> Config:
         "ffn_dim": size_of(shapes, "vace_blocks.0.ffn.0.weight", 0),
         "num_vace_blocks": num_blocks,
     }
-    told = hints.told("dit", {**sizes, "num_layers": _layers_of_dit(shapes) or _first_told(hints)}, SPELLINGS)
+    num_layers = _layers_of_dit(shapes)
+    known = sizes if num_layers is None else {**sizes, "num_layers": num_layers}
+    told = hints.told("dit", known, SPELLINGS)
+    if num_layers is None and isinstance(said := told.get("num_layers"), int):
+        num_layers = said
     sizes["num_heads"] = heads_of(told, dim, hints)
     sizes["eps"] = _number(told, "eps", EPS, float, hints)
-    num_layers = _layers_of_dit(shapes)
     sizes["vace_layers"] = every_nth(hints, "vace_layers", num_blocks, num_layers, told.get("vace_layers"))
     sizes["qk_norm"] = "vace_blocks.0.self_attn.norm_q.weight" in shapes
     sizes["cross_attn_norm"] = "vace_blocks.0.norm3.weight" in shapes
     return sizes
-
-
-def _first_told(hints: Hints) -> object:
-    """The num_layers that a document names: a VACE file of its own cannot contradict it."""
-    return next((doc.content["num_layers"] for doc in hints.documents if "num_layers" in doc.content), None)
 
 
 def speech_config(shapes: Shapes, hints: Hints) -> Config:
@@ -270,7 +269,7 @@ def motion_config(shapes: Shapes, hints: Hints) -> Config:
 
 
 def is_motion_controller(shapes: Shapes) -> bool:
-    """Tell the speed adapter from other stacks of three linear layers: it makes six modulations of one width."""
+    """Tell the speed adapter from other stacks of linear layers: it makes six modulations of one width."""
     dim = size_of(shapes, "linear.0.weight", 0)
     return size_of(shapes, "linear.4.weight", 0) == 6 * dim and count_of(shapes, "linear.") == 5
 

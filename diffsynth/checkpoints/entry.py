@@ -1,7 +1,7 @@
 """One tensor of a checkpoint: its sizes now, its elements when asked for; views of views without copies.
 
-A quantised weight travels as a pair (stored elements, scale); weight = stored.float() * scale. The scale has one
-number, one per row, or one per block of each row. Sources of the layouts: ComfyUI ``convert_old_quants``,
+A quantised weight travels as a pair (stored elements, scale); weight = stored.float() * scale. The scale has
+one number, one per row, or one per block of each row. Sources of the layouts: ComfyUI ``convert_old_quants``,
 LightX2V ``tools/convert``, musubi-tuner ``fp8_optimization_utils``.
 """
 
@@ -86,8 +86,9 @@ def _scaled(name: str, weight: Entry, sides: Mapping[str, Entry], named_format: 
         stored_format = named_format if conf is None else _format_of(name, conf)
         if foreign or stored_format not in (None, *READABLE_FORMATS):
             raise UnsupportedModelError(
-                f"{name} is quantised as {stored_format or 'a format'} with {', '.join(foreign) or 'its own scales'}; "
-                f"this version reads {', '.join(sorted(READABLE_FORMATS))}. Use the fp8 or bf16 file of this model."
+                f"{name} is quantised as {stored_format or 'a format'} with "
+                f"{', '.join(foreign) or 'its own scales'}; this version reads "
+                f"{', '.join(sorted(READABLE_FORMATS))}. Use the fp8 or bf16 file of this model."
             )
         raw = weight.load()[0]
         return raw, None if scale is None else _shaped_scale(name, scale.load()[0], raw)
@@ -104,7 +105,7 @@ def _format_of(name: str, conf: Entry) -> str:
 
 
 def _shaped_scale(name: str, scale: Tensor, raw: Tensor) -> Tensor:
-    """Return the scale as float32, shaped so that it multiplies ``raw``: (), (rows, 1, ...) or (rows, blocks, 1)."""
+    """Return the scale as float32, shaped to multiply ``raw``: (), (rows, 1, ...) or (rows, blocks, 1)."""
     scale = scale.float()
     if scale.numel() == 1:
         return scale.reshape(())
@@ -118,8 +119,8 @@ def _shaped_scale(name: str, scale: Tensor, raw: Tensor) -> Tensor:
     ):
         return scale
     raise UnsupportedModelError(
-        f"The scale of {name} has shape {tuple(scale.shape)} for a weight of shape {tuple(raw.shape)}; this version "
-        "reads one scale per tensor, per row, or per block of a row."
+        f"The scale of {name} has shape {tuple(scale.shape)} for a weight of shape {tuple(raw.shape)}; this "
+        "version reads one scale per tensor, per row, or per block of a row."
     )
 
 

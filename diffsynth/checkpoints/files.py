@@ -1,4 +1,4 @@
-"""From what a user names (files, folders, globs, lists of shards, in any mix) to the files of each single model."""
+"""From what a user names (files, folders, globs, lists of shards, in any mix) to the files of each model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from diffsynth.errors import CheckpointNotFoundError, CorruptCheckpointError, Mi
 PathLike = str | Path
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<rest>\..+)")
-# Folders of published repositories that hold networks of the same model. Others (assets, tools, LoRAs) are not entered.
+# Folders of published repositories that hold networks of the same model. Others (assets, tools, LoRAs) are
+# not entered.
 PART_FOLDERS = (
     "transformer", "transformer_2", "vae", "text_encoder", "image_encoder", "audio_encoder",
     "high_noise_model", "low_noise_model", "dit", "wan_animate_2", "wav2vec2-large-xlsr-53-english",
@@ -39,11 +40,13 @@ def group_files(paths: PathLike | Sequence[PathLike | Sequence[PathLike]]) -> li
     """Return one group per model, in the order in which the models are first named.
 
     Args:
-        paths: a file, folder, glob or index.json, or a list of these; an inner list holds the shards of one model.
-            Shards named ``NAME-0000i-of-0000N`` find each other by folder and name, however they are given.
+        paths: a file, folder, glob or index.json, or a list of these; an inner list holds the shards of one
+            model. Shards named ``NAME-0000i-of-0000N`` find each other by folder and name, however they are
+            given.
 
     Raises:
-        CheckpointNotFoundError: for a path that does not exist, a glob that finds nothing, a folder without weights.
+        CheckpointNotFoundError: for a path that does not exist, a glob that finds nothing, a folder without
+            weights.
         MissingShardError: when some of N shards are absent; names them.
     """
     items = [paths] if isinstance(paths, (str, Path)) else list(paths)
@@ -104,8 +107,9 @@ def _files_of_index(index: Path) -> tuple[Path, ...]:
     missing = sorted(name for name in names if not (index.parent / name).is_file())
     if missing:
         raise MissingShardError(
-            f"{index} names {len(names)} shards; {len(missing)} of them {'is' if len(missing) == 1 else 'are'} not in "
-            f"{index.parent}: {', '.join(missing)}. Download the missing files into that folder."
+            f"{index} names {len(names)} shards; {len(missing)} of them "
+            f"{'is' if len(missing) == 1 else 'are'} not in {index.parent}: {', '.join(missing)}. Download "
+            "the missing files into that folder."
         )
     return tuple(index.parent / name for name in sorted(names))
 
@@ -158,7 +162,7 @@ def _stem(file: Path) -> tuple[Path, str, str] | None:
 
 
 def _join_shards(groups: Iterable[FileGroup]) -> list[FileGroup]:
-    """Put shards that were given one by one together; drop what was named twice by a folder, index or glob."""
+    """Put shards that were given one by one together; drop what was named twice."""
     files: dict[object, list[Path]] = {}
     from_folder: dict[object, bool] = {}
     for group in groups:
@@ -188,7 +192,10 @@ def _siblings(path: Path) -> list[Path]:
 def _check_complete(files: list[Path]) -> None:
     shard = SHARD.fullmatch(files[0].name)
     assert shard is not None
-    count, present = int(shard["count"]), {SHARD.fullmatch(file.name)["number"] for file in files}  # type: ignore[index]
+    count, present = (
+        int(shard["count"]),
+        {found["number"] for f in files if (found := SHARD.fullmatch(f.name))},
+    )
     missing = [n for n in range(1, count + 1) if f"{n:05d}" not in present]
     if not missing:
         return

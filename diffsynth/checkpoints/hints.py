@@ -1,9 +1,10 @@
 """What lies beside the shapes: the file's own metadata, JSON files next to it, and its path.
 
-Some numbers of a network are in no tensor's shape (heads, text length, positions of injected blocks). They are
-taken from the first source that tells them, in this order: metadata key ``config`` of the file; ``NAME.json`` or
-``NAME.config.json`` beside it; ``config.json`` of its folder. A source counts only if every size it names agrees
-with the tensors: official repositories ship files that describe another network, or are wrong.
+Some numbers of a network are in no tensor's shape (heads, text length, positions of injected blocks). They
+are taken from the first source that tells them, in this order: metadata key ``config`` of the file;
+``NAME.json`` or ``NAME.config.json`` beside it; ``config.json`` of its folder. A source counts only if every
+size it names agrees with the tensors: official repositories ship files that describe another network, or are
+wrong.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ OWN_KEYS = {
     "vae": {"z_dim", "base_dim", "dim_mult", "num_res_blocks", "temperal_downsample", "temporal_downsample"},
     "text_encoder": {"d_model", "d_ff", "d_kv", "vocab_size", "dim_attn", "dim_ffn", "num_buckets"},
     "image_encoder": {"image_size", "projection_dim", "vision_config"},
-    "audio_encoder": {"conv_dim", "conv_kernel", "num_feat_extract_layers"},
+    "audio_encoder": {"vocab_size", "conv_dim", "conv_kernel", "num_feat_extract_layers"},
 }
 _HIGH = re.compile(r"(?<![a-z])high(?:[_-]?noise)?(?![a-z])", re.IGNORECASE)
 _LOW = re.compile(r"(?<![a-z])low(?:[_-]?noise)?(?![a-z])", re.IGNORECASE)
@@ -56,11 +57,12 @@ class Document:
 
     source: str  # for messages: "metadata", "config.json"
     content: Mapping[str, object]
+    is_readable: bool = True
 
 
 @dataclass
 class Hints:
-    """The documents of one checkpoint, and a notebook of what was assumed while one network's sizes were read."""
+    """The documents of one checkpoint, and a notebook of what was assumed while sizes were read."""
 
     documents: tuple[Document, ...] = ()
     place: str = "the file"  # the checkpoint, for messages
@@ -96,6 +98,8 @@ class Hints:
         spellings = spellings or {}
         answer: dict[str, object] = {}
         for document in self.documents:
+            if not document.is_readable:
+                self.assume(f"{document.source} was left aside: it is no JSON object.")
             self._note_generation(document.content)
             for part in _parts(document.content, component):
                 said = {
@@ -107,8 +111,8 @@ class Hints:
                 wrong = [key for key, value in said.items() if key in sizes and sizes[key] != value]
                 if wrong:
                     self.assume(
-                        f"{document.source} was left aside: it says {wrong[0]} is {said[wrong[0]]}, the tensors say "
-                        f"{sizes[wrong[0]]}."
+                        f"{document.source} was left aside: it says {wrong[0]} is {said[wrong[0]]}, the "
+                        f"tensors say {sizes[wrong[0]]}."
                     )
                     continue
                 self._note_generation(part)
@@ -150,9 +154,10 @@ def read_documents(paths: tuple[Path, ...], metadata: Mapping[str, str]) -> tupl
     """Return the JSON objects that may describe a checkpoint, the most specific first."""
     documents = []
     own = _parse(metadata["config"]) if "config" in metadata else None
-    if own is not None or "generation" in metadata:
+    if "config" in metadata or "generation" in metadata:
         extra = {"generation": metadata["generation"]} if "generation" in metadata else {}
-        documents.append(Document('the metadata key "config"', {**extra, **(own or {})}))
+        is_readable = "config" not in metadata or own is not None
+        documents.append(Document('the metadata key "config"', {**extra, **(own or {})}, is_readable))
     if paths:
         shard = SHARD.fullmatch(paths[0].name)
         stem = shard["stem"] if shard else paths[0].stem
@@ -160,13 +165,12 @@ def read_documents(paths: tuple[Path, ...], metadata: Mapping[str, str]) -> tupl
             file = paths[0].parent / name
             if file.is_file() and file.stat().st_size <= MAX_JSON_BYTES:
                 content = _parse(file.read_text("utf-8", errors="replace"))
-                if content is not None:
-                    documents.append(Document(name, content))
+                documents.append(Document(name, content or {}, content is not None))
     return tuple(documents)
 
 
 def role_of(paths: tuple[Path, ...], metadata: Mapping[str, str]) -> Role | None:
-    """Return which expert of a pair this is: the noisy half or the clean half of the way, as its path says."""
+    """Return which expert of a pair this is: "high" for the noisy part of the way, as its path says."""
     texts = [text for path in paths[:1] for text in (path.name, path.parent.name)]
     for text in (*texts, metadata.get("model_type", "")):
         high, low = _HIGH.search(text), _LOW.search(text)
@@ -191,8 +195,8 @@ def size_of(shapes: Shapes, name: str, axis: int) -> int:
     shape = shapes.get(name)
     if shape is None or axis >= len(shape) or prod(shape) == 0:
         raise ConfigurationError(
-            f"{name} has shape {shape}; it should have {axis + 1} or more axes, none of them empty. The file is not "
-            "of the kind that its names say."
+            f"{name} has shape {shape}; it should have {axis + 1} or more axes, none of them empty. The file "
+            "is not of the kind that its names say."
         )
     return shape[axis]
 

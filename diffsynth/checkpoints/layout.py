@@ -1,9 +1,9 @@
 """Rules that rename tensors, written once and read in both directions.
 
-A row pairs the official name with the other one. ``{name}`` stands for the same text on both sides (see GROUPS);
-``{i*s+j}`` is a number that is computed (see NUMBERS). Beside a renaming a row can say that one official tensor is
-the concatenation of several others, that axes of size 1 are dropped, that a matrix is transposed, or that a tensor
-has no counterpart at all. Tensors that no row knows keep their names.
+A row pairs the official name with the other one. ``{name}`` stands for the same text on both sides (see
+GROUPS); ``{i*s+j}`` is a number that is computed (see NUMBERS). Beside a renaming a row can say that one
+official tensor is the concatenation of several others, that axes of size 1 are dropped, that a matrix is
+transposed, or that a tensor has no counterpart at all. Tensors that no row knows keep their names.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ class _Template:
 class KeyLayout:
     """How another project names the tensors of a network, and how to get to the official names or back.
 
-    ``Checkpoint.renamed(layout)`` renames to the official names; ``Checkpoint.renamed(layout.inverse())`` to the
-    other ones.
+    ``Checkpoint.renamed(layout)`` renames to the official names, ``Checkpoint.renamed(layout.inverse())`` to
+    the other ones.
     """
 
     name: str  # "diffusers"

@@ -1,6 +1,7 @@
 """Names that other projects give to the tensors of Wan's networks, paired with the official ones.
 
-Sources: diffusers ``scripts/convert_wan_to_diffusers.py`` (DiT, VAE), transformers UMT5 and CLIP. Mind the swap:
+Sources: diffusers ``scripts/convert_wan_to_diffusers.py`` (DiT, VAE), transformers UMT5 and CLIP. Mind the
+swap:
 diffusers' ``norm2`` is the official ``norm3``; official ``norm1`` and ``norm2`` have no parameters.
 """
 

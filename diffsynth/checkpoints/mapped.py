@@ -74,8 +74,9 @@ class FileHeader:
 class MappedFile:
     """Views of tensors on one private (copy-on-write) memory map, made when the first view is asked for.
 
-    The map is private, so that writing into a view (fusing a LoRA) changes memory and never the file. A view keeps
-    the map alive. Pages that are only read belong to the page cache: a mapped model costs no memory of its own.
+    The map is private, so that writing into a view (fusing a LoRA) changes memory and never the file. A view
+    keeps the map alive. Pages that are only read belong to the page cache: a mapped model costs no memory of
+    its own.
     """
 
     def __init__(self, path: Path, num_bytes: int) -> None:
@@ -92,8 +93,8 @@ class MappedFile:
                         "something is still writing to it. Wait until it is complete and load it again."
                     )
                 if sys.platform == "linux":
-                    # Without NORESERVE the kernel refuses a writable map that is larger than RAM, though the pages
-                    # are those of the file. (Python names the flag only from 3.13 on.)
+                    # Without NORESERVE the kernel refuses a writable map that is larger than RAM, though the
+                    # pages are those of the file. (Python names the flag only from 3.13 on.)
                     flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
                     prot = mmap.PROT_READ | mmap.PROT_WRITE
                     self._map = mmap.mmap(file.fileno(), size, flags=flags, prot=prot)

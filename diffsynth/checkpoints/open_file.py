@@ -52,13 +52,14 @@ def _refuse_other_kinds(path: Path, start: bytes) -> None:
         )
     if start[:1] == b"\x80" and 2 <= start[1] <= 5 and path.suffix != ".safetensors":
         raise CorruptCheckpointError(
-            f"{path} is in the format that torch wrote before 1.6, which cannot be mapped. Save it once more: {RESAVE}"
+            f"{path} is in the format that torch wrote before 1.6, which cannot be mapped. Save it once "
+            f"more: {RESAVE}"
         )
     looks_like_header = len(start) > 8 and start[8:9] == b"{"
     if path.suffix != ".safetensors" and not looks_like_header:
         raise CorruptCheckpointError(
-            f"{path} is neither a torch file nor safetensors (it starts with {start[:8]!r}). It was cut off, or it is "
-            "another kind of file under this name."
+            f"{path} is neither a torch file nor safetensors (it starts with {start[:8]!r}). It was cut off, "
+            "or it is another kind of file under this name."
         )
     if not looks_like_header and start[:16].isascii() and start[:8].decode("ascii").isprintable():
         raise CorruptCheckpointError(

@@ -1,7 +1,7 @@
 """The header of a .safetensors file, read and checked without any library.
 
-Layout: 8 bytes, little-endian N; N bytes of JSON: name -> {dtype, shape, data_offsets}; then the elements, without
-holes and without overlaps, up to the end of the file. Source: safetensors README, "Format".
+Layout: 8 bytes, little-endian N; N bytes of JSON: name -> {dtype, shape, data_offsets}; then the elements,
+without holes and without overlaps, up to the end of the file. Source: safetensors README, "Format".
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def read_safetensors_header(path: Path) -> FileHeader:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > num_bytes - 8:
             raise CorruptCheckpointError(
-                f"{path} is no complete safetensors file: its header should have {length} bytes, the file has "
-                f"{num_bytes}. It was cut off, or is another kind of file under this name. Download it again."
+                f"{path} is no complete safetensors file: its header should have {length} bytes, the file "
+                f"has {num_bytes}. It was cut off, or is another kind of file under this name. Download it "
+                "again."
             )
         if length > MAX_HEADER_BYTES:
             raise CorruptCheckpointError(
@@ -60,7 +61,8 @@ def _parse_json(path: Path, raw: bytes) -> dict[str, object]:
         if isinstance(error, CorruptCheckpointError):
             raise
         raise CorruptCheckpointError(
-            f"{path} is no safetensors file: its header is not JSON ({error}). Download it again, or look what it is."
+            f"{path} is no safetensors file: its header is not JSON ({error}). Download it again, or look "
+            "what it is."
         ) from None
     if not isinstance(entries, dict):
         raise CorruptCheckpointError(f"{path}: the header is a JSON {type(entries).__name__}, not an object.")
@@ -96,8 +98,8 @@ def _stored_tensor(path: Path, name: str, entry: object, first_byte: int) -> Sto
     expected, given = prod(shape) * DTYPES[dtype][0] // 8, offsets[1] - offsets[0]
     if expected != given:
         raise CorruptCheckpointError(
-            f"{path}: tensor {name!r} of shape {shape} and dtype {dtype} needs {expected} bytes, the header gives it "
-            f"{given}."
+            f"{path}: tensor {name!r} of shape {shape} and dtype {dtype} needs {expected} bytes, the header "
+            f"gives it {given}."
         )
     return StoredTensor(dtype, tuple(shape), first_byte + offsets[0])
 
@@ -111,9 +113,11 @@ def _check_places(path: Path, tensors: dict[str, StoredTensor], first_byte: int,
         end += stored.num_bytes
     if end > num_bytes:
         raise CorruptCheckpointError(
-            f"{path} is cut off: its header describes {end} bytes, the file has {num_bytes}. Download it again."
+            f"{path} is cut off: its header describes {end} bytes, the file has {num_bytes}. Download it "
+            "again."
         )
     if end < num_bytes:
         raise CorruptCheckpointError(
-            f"{path} has {num_bytes - end} bytes behind its last tensor that belong to nothing; the file is damaged."
+            f"{path} has {num_bytes - end} bytes behind its last tensor that belong to nothing; the file is "
+            "damaged."
         )

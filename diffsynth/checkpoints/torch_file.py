@@ -1,8 +1,9 @@
-"""The header of a .pth, .pt, .ckpt or .bin file as torch.save writes it, read without torch and without running it.
+"""The header of a file of torch.save (.pth, .pt, .ckpt, .bin), read without torch and without running it.
 
-Such a file is a zip with uncompressed entries: NAME/data.pkl (a pickle of the dict) and NAME/data/KEY (the elements
-of one storage). A pickle is a program. Ours is run by an unpickler that knows only the calls which put a tensor
-together, and these calls are stand-ins that note sizes. Any other global ends the reading before it is looked up.
+Such a file is a zip with uncompressed entries: NAME/data.pkl (a pickle of the dict) and NAME/data/KEY (the
+elements of one storage). A pickle is a program. Ours is run by an unpickler that knows only the calls which
+put a tensor together, and these calls are stand-ins that note sizes. Any other global ends the reading before
+it is looked up.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import io
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import IO
@@ -39,14 +39,31 @@ STORAGES = {
 REBUILDERS = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter"}
 
 
-@dataclass(frozen=True, slots=True)
-class _Storage:
-    dtype: str
-    offset: int  # bytes from the start of the file
-    num_bytes: int
+class _Inert:
+    """What a pickle may hold but never change."""
+
+    __slots__ = ()
 
     def __setstate__(self, state: object) -> None:
-        raise UnsafeCheckpointError("a pickle that changes a storage")
+        raise UnsafeCheckpointError(f"a change of {type(self).__name__}")
+
+
+class _Storage(_Inert):
+    __slots__ = ("dtype", "num_bytes", "offset")
+
+    def __init__(self, dtype: str, offset: int, num_bytes: int) -> None:
+        self.dtype, self.offset, self.num_bytes = (
+            dtype,
+            offset,
+            num_bytes,
+        )  # offset: from the start of the file
+
+
+class _Tensor(_Inert):
+    __slots__ = ("stored",)
+
+    def __init__(self, stored: StoredTensor) -> None:
+        self.stored = stored
 
 
 class _Dict(dict[object, object]):
@@ -56,11 +73,13 @@ class _Dict(dict[object, object]):
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class _Global:
+class _Global(_Inert):
     """A name that the pickle may mention: a call that notes sizes, a storage type, or a dtype."""
 
-    name: str
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def __call__(self, *args: object) -> object:
         if self.name == "OrderedDict":
@@ -71,13 +90,10 @@ class _Global:
             return tuple(args[0])  # type: ignore[arg-type]
         if self.name in REBUILDERS:
             return _rebuild(*args)
-        raise UnsafeCheckpointError(f"a pickle that calls {self.name}")
-
-    def __setstate__(self, state: object) -> None:
-        raise UnsafeCheckpointError(f"a pickle that changes {self.name}")
+        raise UnsafeCheckpointError(f"a call of {self.name}")
 
 
-def _rebuild(storage: object, start: object, shape: object, stride: object, *rest: object) -> StoredTensor:
+def _rebuild(storage: object, start: object, shape: object, stride: object, *rest: object) -> _Tensor:
     # rest: requires_grad, hooks[, dtype (version 3), metadata]
     sizes = (start, *shape, *stride) if isinstance(shape, tuple) and isinstance(stride, tuple) else (None,)
     if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in sizes):
@@ -98,9 +114,8 @@ def _rebuild(storage: object, start: object, shape: object, stride: object, *res
     in_a_row = all(
         n == 1 or step == prod(shape[i + 1 :]) for i, (n, step) in enumerate(zip(shape, stride, strict=True))
     )
-    return StoredTensor(
-        dtype, shape, storage.offset + start * width, None if in_a_row or extent == 0 else stride
-    )
+    is_plain = in_a_row or extent == 0
+    return _Tensor(StoredTensor(dtype, shape, storage.offset + start * width, None if is_plain else stride))
 
 
 class _HeaderUnpickler(pickle.Unpickler):
@@ -137,7 +152,8 @@ def read_torch_header(path: Path) -> FileHeader:
 
     Raises:
         UnsafeCheckpointError: when the pickle names a global that is no part of a tensor.
-        CorruptCheckpointError: when it is no complete zip of torch.save, or a tensor lies outside its storage.
+        CorruptCheckpointError: when it is no complete zip of torch.save, or a tensor lies outside its
+            storage.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -151,8 +167,9 @@ def read_torch_header(path: Path) -> FileHeader:
         content = _HeaderUnpickler(io.BytesIO(pickled), places).load()
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(
-            f"{path} asks for {error}; a file of weights needs only tensors, so nothing of it was run. If you trust "
-            "its maker, load it with torch yourself and save its tensors with safetensors.torch.save_file()."
+            f"{path} asks for {error}; a file of weights needs only tensors, so nothing of it was run. If "
+            "you trust its maker, load it with torch yourself and save its tensors with "
+            "safetensors.torch.save_file()."
         ) from None
     except CorruptCheckpointError as error:
         raise CorruptCheckpointError(f"{path} describes {error}; the file is damaged or made up.") from None
@@ -165,8 +182,8 @@ def _entries(path: Path, archive: zipfile.ZipFile) -> tuple[bytes, dict[str, tup
     pickles = [info for info in archive.infolist() if info.filename.split("/", 1)[-1] == "data.pkl"]
     if len(pickles) != 1:
         raise CorruptCheckpointError(
-            f"{path} is a zip archive but not one of torch.save (it has {len(pickles)} data.pkl). If it is a packed "
-            "folder, unpack it and load the weights inside."
+            f"{path} is a zip archive but not one of torch.save (it has {len(pickles)} data.pkl). If it is a "
+            "packed folder, unpack it and load the weights inside."
         )
     root = pickles[0].filename.removesuffix("data.pkl")
     if pickles[0].file_size > MAX_PICKLE_BYTES:
@@ -183,8 +200,8 @@ def _entries(path: Path, archive: zipfile.ZipFile) -> tuple[bytes, dict[str, tup
             continue
         if info.compress_type != zipfile.ZIP_STORED:
             raise CorruptCheckpointError(
-                f"{path}: the entry {info.filename} is compressed, torch.save never does that. Unpack the archive and "
-                "save the weights again."
+                f"{path}: the entry {info.filename} is compressed, torch.save never does that. Unpack the "
+                "archive and save the weights again."
             )
         places[info.filename.removeprefix(f"{root}data/")] = (
             _data_offset(path, archive, info, num_bytes),
@@ -220,7 +237,7 @@ def _state_dict(path: Path, content: object) -> dict[str, StoredTensor]:
         if inner is not None:
             content = inner
             continue
-        tensors = {name: value for name, value in content.items() if isinstance(value, StoredTensor)}
+        tensors = {name: value.stored for name, value in content.items() if isinstance(value, _Tensor)}
         if not all(isinstance(name, str) for name in tensors):
             raise CorruptCheckpointError(f"{path} names its tensors with something else than texts.")
         if tensors:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, overload
 
 import torch
 from torch import nn
@@ -24,9 +25,11 @@ from diffsynth.models.registry import ARCHITECTURES
 logger = logging.getLogger("diffsynth")
 
 Paths = PathLike | Sequence[PathLike | Sequence[PathLike]]
+FilePath = PathLike | Sequence[PathLike] | None
 Device = str | torch.device
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-# Encoders that other variants need: in a folder of a whole repository they are passed over until they can be built.
+# Encoders that other variants need: in a folder of a whole repository they are passed over until they can be
+# built.
 OPTIONAL_IN_FOLDERS = ("wan_video_image_encoder", "wan_video_audio_encoder")
 
 
@@ -52,7 +55,8 @@ class ModelManager:
 
     Args:
         torch_dtype: dtype of the weights loaded from now on; None keeps each file's own.
-        device: where weights are put; None, and the default where there is no GPU: "cuda" if there is one, else "cpu".
+        device: where weights are put; None, and the default where there is no GPU: "cuda" if there is one,
+            else "cpu".
         model_id_list: ids on the hubs (``"Wan-AI/Wan2.1-T2V-1.3B"``), downloaded now and loaded.
         file_path_list: loaded now, see `load_models`.
         downloading_priority: where ``model_id_list`` is looked for, in this order.
@@ -112,18 +116,19 @@ class ModelManager:
         """Load every network found in these paths, and return the manager.
 
         Args:
-            file_path_list: files, folders, globs and lists of shards in any mix; one path alone is fine, and the
-                shards of a model may also be given one by one.
+            file_path_list: files, folders, globs and lists of shards in any mix; one path alone is fine, and
+                the shards of a model may also be given one by one.
             model_names: load only networks of these names; None loads all.
             device: where their weights are put; None: the manager's device.
             torch_dtype: dtype of their weights; None: the manager's dtype.
 
         Raises:
-            CheckpointNotFoundError, MissingShardError, CorruptCheckpointError, UnsafeCheckpointError: for files
-                that cannot be read.
+            CheckpointNotFoundError, MissingShardError, CorruptCheckpointError, UnsafeCheckpointError: for
+                files that cannot be read.
             UnknownCheckpointError: for a file that is no known network; says which is nearest.
             UnsupportedModelError: for a network that is known but not built by this version.
-            ConfigurationError, IncompleteCheckpointError: for a network whose sizes or tensors are incomplete.
+            ConfigurationError, IncompleteCheckpointError: for a network whose sizes or tensors are
+                incomplete.
         """
         place = self.device if device is None else _resolved_device(device)
         dtype = self.torch_dtype if torch_dtype is None else _storage_dtype(torch_dtype)
@@ -135,12 +140,19 @@ class ModelManager:
             self._add(match, build(match, dtype, place))
         return self
 
+    @overload
     def fetch_model(
-        self,
-        model_name: str,
-        file_path: PathLike | Sequence[PathLike] | None = None,
-        require_model_path: bool = False,
-    ) -> nn.Module | None | tuple[nn.Module, str | list[str]]:
+        self, model_name: str, file_path: FilePath = None, require_model_path: Literal[False] = False
+    ) -> nn.Module | None: ...
+
+    @overload
+    def fetch_model(
+        self, model_name: str, file_path: FilePath = None, *, require_model_path: Literal[True]
+    ) -> tuple[nn.Module, str | list[str]] | None: ...
+
+    def fetch_model(
+        self, model_name: str, file_path: FilePath = None, require_model_path: bool = False
+    ) -> nn.Module | tuple[nn.Module, str | list[str]] | None:
         """Return the first network of this name, or None if there is none.
 
         Args:
@@ -208,8 +220,8 @@ def _plain_paths(paths: tuple[Path, ...]) -> str | list[str]:
 def _storage_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
     if dtype in FP8:
         raise UnsupportedModelError(
-            f"torch_dtype is {dtype}: keeping weights in fp8 is not in this version yet. Use torch.bfloat16; fp8 files "
-            "load and are widened."
+            f"torch_dtype is {dtype}: keeping weights in fp8 is not in this version yet. Use torch.bfloat16; "
+            "fp8 files load and are widened."
         )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ArgumentError(
@@ -277,7 +289,8 @@ def _usable(checkpoint: Checkpoint, matches: list[Match]) -> list[Match]:
     for match in matches:
         if checkpoint.from_folder and match.architecture.module is None and match.name in OPTIONAL_IN_FOLDERS:
             logger.warning(
-                "Passed over: %s holds %s, which this version does not build. Inputs that need it cannot be used.",
+                "Passed over: %s holds %s, which this version does not build. Inputs that need it cannot be "
+                "used.",
                 checkpoint.source,
                 match.needs,
             )
@@ -294,7 +307,8 @@ def _wanted(matches: list[Match], model_names: Sequence[str] | None) -> list[Mat
     absent = [name for name in names if name not in present]
     if absent:
         raise ArgumentError(
-            f"model_names asks for {', '.join(absent)}; these paths hold {', '.join(sorted(present)) or 'no network'}."
+            f"model_names asks for {', '.join(absent)}; these paths hold "
+            f"{', '.join(sorted(present)) or 'no network'}."
         )
     for match in matches:
         if match.name not in names:

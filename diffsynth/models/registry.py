@@ -1,4 +1,4 @@
-"""The networks that can stand in a Wan checkpoint. Names of tensors are the official ones; nothing heavy is imported.
+"""The networks that can stand in a Wan checkpoint. Tensor names are official; nothing heavy is imported.
 
 Order matters: whole models that resemble a Wan DiT come before it, and a DiT before its adapters.
 """
@@ -67,7 +67,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         title="Wan diffusion transformer",
         module="diffsynth.models.wan.dit:WanDiT",
         marks=_DIT_MARKS,
-        owns=r"(patch_embedding|text_embedding|time_embedding|time_projection|img_emb|head)\.|blocks\.\d+\.",
+        owns=r"(patch_embedding|text_embedding|time_embedding|time_projection|img_emb|head)\.|"
+        r"blocks\.\d+\.(modulation$|self_attn\.|cross_attn\.|norm3\.|ffn\.[02]\.)",
         config=dit_sizes.dit_config,
         family=dit_sizes.dit_family,
     ),
@@ -162,7 +163,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "blocks.0.pos_embedding.embedding.weight",
             "norm.weight",
         ),
-        owns=r"token_embedding\.weight|norm\.weight|blocks\.\d+\.(attn|norm1|norm2|ffn|pos_embedding)\.",
+        owns=r"token_embedding\.weight|norm\.weight|"
+        r"blocks\.\d+\.(attn|norm1|norm2|ffn\.(?:gate|fc)\w*|pos_embedding)\.",
         config=coder_sizes.text_encoder_config,
     ),
     Architecture(
