@@ -14,20 +14,21 @@ from torch import Tensor
 from diffsynth.models.wan.vae import VAEConfig, WanVideoVAE
 from diffsynth.models.wan.vae_layers import History
 from train.tiny.data import SIZE, vae_batch
+from train.tiny.muon import Muon
 from train.tiny.state import Run, cosine
 
 CONFIG = VAEConfig(dim=16, num_res_blocks=1)
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 4e-3
 LENGTHS = {1: 0.08, 5: 0.17, 9: 0.2, 17: 0.4, 25: 0.15}  # frames of a clip: share of the batches
 PIXELS = 6 * 17 * 32 * 32  # of one batch, whatever its sizes
-LATENT_NOISE = 0.05  # laid over latents of deviation 1: the decoder meets imperfect latents in use
+LATENT_NOISE = 0.1  # in deviations of the latents: the decoder meets imperfect latents in use
 
 
 def reconstruct(vae: WanVideoVAE, video: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
     """Return what comes back, (B, 3, F, H, W), and the raw latent means, both with gradients."""
     packed = video.contiguous(memory_format=torch.channels_last_3d)
     latents = vae.conv1(vae.encoder(packed, History()))[:, : vae.config.z_dim]
-    noisy = latents + noise * torch.randn_like(latents)
+    noisy = latents + noise * latents.detach().std() * torch.randn_like(latents)
     return vae.decoder(vae.conv2(noisy), History()).float(), latents.float()
 
 
@@ -42,7 +43,7 @@ def loss_of(back: Tensor, video: Tensor, latents: Tensor) -> Tensor:
     edge[..., :-1, :] += along
     error = back - video
     weight = 1 + 2 * edge.clamp(max=1)
-    return (weight * (error.abs() + error.square())).mean() + 2e-5 * latents.square().mean()
+    return (weight * (error.abs() + error.square())).mean() + 1e-4 * latents.square().mean()
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ def train(out: Path, minutes: float, seed: int) -> None:
     """Train for ``minutes`` of wall clock counted over all starts; the schedule follows the clock."""
     torch.manual_seed(seed)
     vae = WanVideoVAE(CONFIG)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimizer = Muon(vae.parameters(), lr=LEARNING_RATE, adam_lr=LEARNING_RATE, weight_decay=1e-2)
     run = Run(out / "vae.pt", {"vae": vae}, optimizer)
     clock = out / "vae.seconds"
     used = float(clock.read_text()) if clock.exists() else 0.0
@@ -67,7 +68,7 @@ def train(out: Path, minutes: float, seed: int) -> None:
     while (elapsed := used + time.monotonic() - started) < minutes * 60:
         progress = elapsed / (minutes * 60)
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * cosine(progress)
+            group["lr"] = group["initial_lr"] * cosine(progress)
         num_frames = rng.choices(list(LENGTHS), list(LENGTHS.values()))[0]
         crop = SIZE if rng.random() < 0.1 + 0.4 * progress else 32
         count = max(1, min(24, PIXELS // (num_frames * crop * crop)))

@@ -1,0 +1,90 @@
+"""What turns a user's inputs into conditions: one conditioner per kind of input.
+
+Each declares the arguments of ``pipe()`` that it reads (`Inputs`) and the one model that it needs on the GPU
+(`encoder`). Conditioners see networks only through `Components`; they import none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from diffsynth.conditioning.conditions import Contribution
+    from diffsynth.conditioning.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Geometry:
+    """Sizes of one generation, in pixels and in latent positions."""
+
+    num_videos: int  # B
+    num_frames: int  # pixel frames, 4 k + 1
+    height: int  # pixels
+    width: int
+    latent_channels: int
+    latent_frames: int
+    latent_height: int
+    latent_width: int
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int, int]:
+        """(B, C, F, H, W) of the latents."""
+        return (self.num_videos, self.latent_channels, self.latent_frames, self.latent_height, self.latent_width)
+
+
+class TextEncoderLike(Protocol):
+    """Ids and mask (B, L) -> features (B, L, D)."""
+
+    def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor: ...
+
+
+class VAELike(Protocol):
+    """Video (B, 3, F, H, W) in [-1, 1] -> latents (B, C, F, H, W)."""
+
+    def encode(
+        self,
+        video: Tensor,
+        *,
+        tile_size: tuple[int, int] | None = None,
+        tile_stride: tuple[int, int] | None = None,
+    ) -> Tensor: ...
+
+
+class Components(Protocol):
+    """The parts of a pipeline that conditioners may use."""
+
+    device: torch.device
+    known_words: frozenset[str]  # words that a small text encoder was taught; empty: it knows language
+
+    @property
+    def text_encoder(self) -> TextEncoderLike | None: ...
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    @property
+    def vae(self) -> VAELike | None: ...
+
+
+class Conditioner(Protocol):
+    """One kind of input."""
+
+    Inputs: ClassVar[type]  # frozen dataclass: the arguments of pipe() that it reads
+    encoder: ClassVar[str | None]  # the one model it needs on the GPU, or None
+
+    def applies(self, inputs: Any, parts: Components) -> bool:
+        """Whether there is something to do. Raises when an input is given that the loaded models cannot use."""
+        ...
+
+    def encode(self, inputs: Any, geometry: Geometry, parts: Components) -> Contribution:
+        """Do it; `encoder` is on the device."""
+        ...
+
+
+def read_inputs(kind: type, arguments: Mapping[str, object]) -> Any:
+    """Make a conditioner's ``Inputs`` from the arguments of a call."""
+    names = [f.name for f in fields(kind)]
+    return kind(**{name: arguments[name] for name in names if name in arguments})

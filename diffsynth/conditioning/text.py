@@ -1,0 +1,145 @@
+"""Prompts: cleaned, tokenised, encoded."""
+
+from __future__ import annotations
+
+import html
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from diffsynth.conditioning.conditioner import Components, Geometry
+from diffsynth.conditioning.conditions import Contribution
+from diffsynth.errors import ArgumentError, MissingModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger("diffsynth")
+MAX_LISTED_WORDS = 60
+
+
+def clean_prompt(text: str) -> str:
+    """Mend broken characters, undo HTML twice, make every run of white space one blank.
+
+    Source: Wan2.1 ``wan/modules/tokenizers.py``, clean="whitespace".
+    """
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return re.sub(r"\s+", " ", text).strip()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextInputs:
+    """What to show, and what not to."""
+
+    prompt: str | Sequence[str] | None = None  # one text, or a list for a batch
+    negative_prompt: str | Sequence[str] = ""  # what to keep away from; not read when cfg_scale is 1
+    prompt_embeds: Tensor | None = None  # (B, tokens, text_dim of the DiT), in place of prompt
+    negative_prompt_embeds: Tensor | None = None  # (B or 1, tokens, text_dim), in place of negative_prompt
+    num_videos_per_prompt: int = 1  # samples of each prompt
+    cfg_scale: float = 5.0
+    cfg_scale_low_noise: float | None = None
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the negative side is asked for."""
+        return self.cfg_scale != 1.0 or self.cfg_scale_low_noise not in (None, 1.0)
+
+    @property
+    def num_prompts(self) -> int:
+        """Samples before num_videos_per_prompt."""
+        if self.prompt_embeds is not None:
+            return self.prompt_embeds.shape[0]
+        return 1 if self.prompt is None or isinstance(self.prompt, str) else len(self.prompt)
+
+
+class TextConditioner:
+    """Text to features, each distinct prompt once."""
+
+    Inputs: ClassVar[type] = TextInputs
+    encoder: ClassVar[str | None] = "text_encoder"
+
+    def applies(self, inputs: TextInputs, parts: Components) -> bool:
+        _check_one_source("prompt", inputs.prompt, inputs.prompt_embeds)
+        _check_one_source("negative_prompt", inputs.negative_prompt, inputs.negative_prompt_embeds)
+        if inputs.prompt is None and inputs.prompt_embeds is None:
+            raise ArgumentError("There is no prompt; give prompt=, or prompt_embeds=.")
+        if not isinstance(inputs.prompt, str) and inputs.prompt is not None and len(inputs.prompt) == 0:
+            raise ArgumentError("prompt is an empty list; give at least one text.")
+        if not inputs.is_guided and inputs.negative_prompt_embeds is not None:
+            raise ArgumentError("negative_prompt_embeds is not read when cfg_scale is 1; leave it out or raise cfg_scale.")
+        needs_encoder = inputs.prompt_embeds is None or (inputs.is_guided and inputs.negative_prompt_embeds is None)
+        if needs_encoder and (parts.text_encoder is None or parts.tokenizer is None):
+            which = "prompt_embeds=" if inputs.prompt_embeds is None else "negative_prompt_embeds= (or cfg_scale=1)"
+            raise MissingModelError(f"No text encoder is loaded; load one (models_t5_umt5-xxl-enc-bf16.pth) or give {which}.")
+        return True
+
+    def encode(self, inputs: TextInputs, geometry: Geometry, parts: Components) -> Contribution:
+        rows = inputs.prompt_embeds
+        count = inputs.num_prompts
+        features = [*rows] if rows is not None else self._encode(_as_list(inputs.prompt or "", count, "prompt"), parts)
+        positive = _pad(_repeat(features, inputs.num_videos_per_prompt))
+        if not inputs.is_guided:
+            return Contribution(text=(positive, None))
+        negative_rows = inputs.negative_prompt_embeds
+        if negative_rows is None:
+            negatives = self._encode(_as_list(inputs.negative_prompt, count, "negative_prompt"), parts)
+        elif negative_rows.shape[0] in (1, count):
+            negatives = [*negative_rows.expand(count, -1, -1)]
+        else:
+            raise ArgumentError(f"negative_prompt_embeds has {negative_rows.shape[0]} rows; expected 1 or {count}.")
+        return Contribution(text=(positive, _pad(_repeat(negatives, inputs.num_videos_per_prompt))))
+
+    def _encode(self, texts: Sequence[str], parts: Components) -> list[Tensor]:
+        """Features (tokens, D) of every text, without padding; equal texts are encoded once."""
+        import torch
+
+        assert parts.tokenizer is not None and parts.text_encoder is not None
+        known: dict[str, Tensor] = {}
+        for text in map(clean_prompt, texts):
+            if text not in known:
+                _warn_of_unknown_words(text, parts.known_words)
+                ids, _ = parts.tokenizer.batch([text])
+                with torch.no_grad():
+                    known[text] = parts.text_encoder(ids.to(parts.device))[0]
+        return [known[clean_prompt(text)] for text in texts]
+
+
+def _check_one_source(name: str, text: str | Sequence[str] | None, embeds: Tensor | None) -> None:
+    if embeds is None:
+        return
+    if text is not None and len(text) > 0:
+        raise ArgumentError(f"{name} and {name}_embeds are both given; give one of them.")
+    if embeds.ndim != 3:
+        raise ArgumentError(f"{name}_embeds has shape {tuple(embeds.shape)}; expected (B, tokens, text_dim).")
+
+
+def _as_list(texts: str | Sequence[str], count: int, name: str) -> list[str]:
+    if isinstance(texts, str):
+        return [texts] * count
+    if len(texts) != count:
+        raise ArgumentError(f"{name} has {len(texts)} texts for {count} prompts; give one, or as many as prompts.")
+    return list(texts)
+
+
+def _repeat(rows: list[Tensor], times: int) -> list[Tensor]:
+    return [row for row in rows for _ in range(times)]
+
+
+def _pad(rows: list[Tensor]) -> Tensor:
+    """(tokens, D) each -> (B, longest, D), zero rows behind: the DiT takes them for padding."""
+    from torch.nn.utils.rnn import pad_sequence
+
+    return pad_sequence(rows, batch_first=True)
+
+
+def _warn_of_unknown_words(text: str, known: frozenset[str]) -> None:
+    if not known:
+        return
+    unknown = [word for word in re.findall(r"[^\W\d_]+", text.lower()) if word not in known]
+    if unknown:
+        listed = ", ".join(sorted(known)[:MAX_LISTED_WORDS])
+        logger.warning("This small model was not taught %s. It knows: %s.", ", ".join(map(repr, unknown)), listed)

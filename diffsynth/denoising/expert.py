@@ -1,0 +1,65 @@
+"""Who answers at a noise level: one DiT, or two that share the range."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from diffsynth.conditioning.conditions import Conditions
+from diffsynth.errors import ArgumentError
+from diffsynth.models.wan.adapters.adapter import DiTAdapter
+from diffsynth.models.wan.dit import Branch, StepCache, WanDiT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expert:
+    """A DiT with its adapters."""
+
+    dit: WanDiT
+    adapters: tuple[DiTAdapter, ...] = ()
+
+
+class Experts:
+    """One or two experts for the length of one generation; keeps one branch per expert and side of the guidance.
+
+    Args:
+        high: answers at high noise, or everywhere when there is no ``low``.
+        low: answers where the timestep is below the boundary.
+        boundary: share of 1000; 0.875 for Wan2.2 T2V, 0.900 for I2V.
+        step_cache: may answer instead of the blocks.
+    """
+
+    def __init__(
+        self, high: Expert, low: Expert | None = None, boundary: float = 0.875, step_cache: StepCache | None = None
+    ) -> None:
+        if not 0.0 <= boundary <= 1.0:
+            raise ArgumentError(f"boundary is {boundary}; give 0 to 1 (0.875 for T2V-A14B, 0.9 for I2V-A14B).")
+        self.high, self.low, self.boundary, self.step_cache = high, low, boundary, step_cache
+        self._branches: dict[tuple[bool, int], tuple[Conditions, Branch]] = {}
+
+    def is_high(self, timestep: Tensor) -> bool:
+        """Whether the high-noise expert answers: the step's own time is the largest of the clocks."""
+        return self.low is None or float(timestep.max()) >= self.boundary * 1000
+
+    def __call__(self, latents: Tensor, timestep: Tensor, sides: Sequence[Conditions]) -> list[Tensor]:
+        """One velocity (B, C, F, H, W) float32 per side of the guidance."""
+        is_high = self.is_high(timestep)
+        expert = self.high if is_high or self.low is None else self.low
+        self._forget(not is_high)
+        branches = [self._branch(expert, is_high, side, index) for index, side in enumerate(sides)]
+        return expert.dit(latents, timestep, branches, self.step_cache)  # type: ignore[no-any-return]
+
+    def _branch(self, expert: Expert, is_high: bool, side: Conditions, index: int) -> Branch:
+        slot = (is_high, index)
+        kept = self._branches.get(slot)
+        if kept is None or kept[0] is not side:
+            key = f"{'high' if is_high else 'low'} {'positive' if index == 0 else 'negative'}"
+            kept = self._branches[slot] = (side, expert.dit.prepare(side, expert.adapters, key))
+        return kept[1]
+
+    def _forget(self, is_high: bool) -> None:
+        # Timesteps fall: an expert that was left does not come back, and its keys are hundreds of megabytes.
+        for slot in [slot for slot in self._branches if slot[0] == is_high]:
+            del self._branches[slot]

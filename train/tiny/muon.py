@@ -1,0 +1,73 @@
+"""Muon: momentum whose matrices are made orthogonal. Reaches a given loss in about half of Adam's steps here.
+
+A convolution's weight counts as one matrix, (out, in x kernel). Vectors and scalars are left to Adam, in the same
+optimizer. Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # pushes all singular values towards 1 in five rounds
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Nearest matrix with equal singular values, about."""
+    x = matrix / (matrix.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for weights of two and more dims, Adam for the rest.
+
+    Args:
+        parameters: all of a network's.
+        lr: step of a matrix, in units of its rms per entry times 0.2.
+        adam_lr: step of the rest.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, adam_lr: float, weight_decay: float = 0.0) -> None:
+        everything = list(parameters)
+        groups = [
+            {"params": [p for p in everything if p.ndim >= 2 and min(p.shape[0], p.numel() // p.shape[0]) > 1], "muon": True, "lr": lr},
+            {"params": [p for p in everything if p.ndim < 2 or min(p.shape[0], p.numel() // p.shape[0]) == 1], "muon": False, "lr": adam_lr},
+        ]  # fmt: skip
+        super().__init__(groups, {"weight_decay": weight_decay})
+        for group in self.param_groups:
+            group["initial_lr"] = group["lr"]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = self._muon(p) if group["muon"] else self._adam(p)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+
+    def _muon(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        momentum = state.setdefault("momentum", torch.zeros_like(p))
+        momentum.lerp_(p.grad, 0.05)
+        matrix = p.grad.lerp(momentum, 0.95).flatten(1)
+        return (orthogonal(matrix) * (0.2 * max(matrix.shape) ** 0.5)).view_as(p)
+
+    def _adam(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if not state:
+            state.update(first=torch.zeros_like(p), second=torch.zeros_like(p), count=torch.zeros(()))
+        state["count"] += 1
+        state["first"].lerp_(p.grad, 0.1)
+        state["second"].lerp_(p.grad.square(), 0.01)
+        first = state["first"] / (1 - 0.9 ** state["count"])
+        return first / ((state["second"] / (1 - 0.99 ** state["count"])).sqrt() + 1e-8)
