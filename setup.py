@@ -42,7 +42,7 @@ setup(
         "sentencepiece>=0.2",
         "ftfy>=6.1",
         "pillow>=10",
-        "av>=14",
+        "av>=16",
         "tqdm>=4.66",
         "typer>=0.12",
         "huggingface_hub>=0.26",

@@ -117,7 +117,7 @@ def choose_encoding(
         options=options,
         container_options=container_options,
     )
-    _try_encoder(encoding, suffix, frozenset(given))
+    _try_encoder(encoding, suffix)
     return encoding
 
 
@@ -132,6 +132,13 @@ def frame_rate(fps: float | Fraction) -> Fraction:
             f"fps is {fps}; give frames per second above 0 and up to 1000 (Wan is trained at 16)."
         )
     return Fraction(fps).limit_denominator(1001)
+
+
+def scaling(*names: str) -> int:
+    """Return ffmpeg's flags for changing pixel formats; an older PyAV knows fewer of them."""
+    from av.video.reformatter import Interpolation
+
+    return sum({int(getattr(Interpolation, name, 0)) for name in names})
 
 
 def _quality_option(
@@ -166,7 +173,7 @@ def _parse_params(params: Sequence[str]) -> dict[str, str]:
     return {renamed.get(name, name): value for name, value in zip(bare, values, strict=True)}
 
 
-def _try_encoder(encoding: Encoding, suffix: str, named: frozenset[str]) -> None:
+def _try_encoder(encoding: Encoding, suffix: str) -> None:
     """Open the encoder once, so that what it refuses is known before the first frame is made."""
     import av
     from av.video.codeccontext import VideoCodecContext
@@ -190,11 +197,6 @@ def _try_encoder(encoding: Encoding, suffix: str, named: frozenset[str]) -> None
         raise ArgumentError(
             f"a {suffix} file cannot hold {encoding.codec}; use .mp4 or .mkv, or leave codec out."
         )
-    unknown = sorted(named - _option_names(context)) if hasattr(context, "supported_options") else []
-    if unknown:
-        raise ArgumentError(
-            f"encoder {encoding.codec} has no option {', '.join(unknown)} (from ffmpeg_params)."
-        )
     context.width, context.height, context.pix_fmt = 256, 256, encoding.pix_fmt
     context.time_base, context.options = Fraction(1, 16), dict(encoding.options)
     try:
@@ -204,9 +206,6 @@ def _try_encoder(encoding: Encoding, suffix: str, named: frozenset[str]) -> None
             f"codec {encoding.codec} does not start here with {dict(encoding.options)}: {error}. "
             "Check ffmpeg_params, or use codec='libx264'."
         ) from error
-
-
-def _option_names(context: Any) -> set[str]:
-    """Names of the options that an encoder knows, with the general ones of ffmpeg."""
-    known = context.supported_options
-    return {option.name for option in (*known.generic, *known.private)}
+    unknown = ", ".join(context.options)  # what the encoder did not take
+    if unknown:
+        raise ArgumentError(f"encoder {encoding.codec} has no option {unknown} (from ffmpeg_params).")

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from diffsynth.errors import ArgumentError, MediaNotFoundError, MediaReadError, UnknownArgumentError
+from diffsynth.video.encoding import scaling
 from diffsynth.video.images import save_frames
 from diffsynth.video.pixels import cover
 
@@ -315,9 +316,7 @@ def natural_key(name: str) -> list[tuple[bool, int, str]]:
 
 
 def _to_image(frame: VideoFrame) -> Image.Image:
-    from av.video.reformatter import Interpolation
-
-    flags = int(Interpolation.BICUBIC) | int(Interpolation.ACCURATE_RND) | int(Interpolation.FULL_CHR_H_INT)
+    flags = scaling("BICUBIC", "ACCURATE_RND", "FULL_CHR_H_INT")
     pixels = frame.reformat(format="rgb24", interpolation=flags).to_ndarray()
     turns = round(frame.rotation / 90) % 4
     return Image.fromarray(np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels)

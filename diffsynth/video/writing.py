@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffsynth.errors import ArgumentError, OutputPathError
-from diffsynth.video.encoding import choose_encoding, frame_rate
+from diffsynth.video.encoding import choose_encoding, frame_rate, scaling
 from diffsynth.video.paths import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -170,7 +170,6 @@ class VideoWriter:
 
     def _open(self, height: int, width: int) -> None:
         import av
-        from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc
 
         encoding = self._encoding
         encoding.check_size(width, height)
@@ -192,13 +191,13 @@ class VideoWriter:
         if encoding.pix_fmt.startswith("yuv"):
             # BT.601 numbers with a tag that says so: readers that know tags and those that assume agree.
             context.colorspace = 6  # SMPTE 170M, the matrix of BT.601
-            context.color_range = ColorRange.MPEG
-            context.color_primaries = ColorPrimaries.BT709  # those of sRGB
-            context.color_trc = ColorTrc.BT709
+            context.color_range = 1  # 16 to 235
+            context.color_primaries = 1  # BT.709, those of sRGB
+            context.color_trc = 1  # BT.709
 
     def _to_picture(self, pixels: NDArray[np.uint8]) -> Any:
         import av
-        from av.video.reformatter import ColorRange, Colorspace, Interpolation
+        from av.video.reformatter import ColorRange, Colorspace
 
         if self._encoding.pix_fmt == "pal8":
             image = Image.fromarray(pixels).quantize(256)  # the best 256 colours of this frame
@@ -207,14 +206,11 @@ class VideoWriter:
             palette[: len(colours), 1:] = colours  # alpha, red, green, blue
             return av.VideoFrame.from_ndarray((np.asarray(image), palette), format="pal8")  # type: ignore[arg-type]
         frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-        flags = (
-            int(Interpolation.BICUBIC) | int(Interpolation.ACCURATE_RND) | int(Interpolation.FULL_CHR_H_INP)
-        )
         return frame.reformat(
             format=self._encoding.pix_fmt,
             dst_colorspace=Colorspace.ITU601,
             dst_color_range=ColorRange.MPEG,
-            interpolation=flags,
+            interpolation=scaling("BICUBIC", "ACCURATE_RND", "FULL_CHR_H_INP"),
         )
 
 

@@ -88,6 +88,7 @@ def test_frames_are_cropped_in_the_middle_and_resized_as_in_v1(tmp_path: Path) -
     assert tall.tobytes() == Image.fromarray(picture[14:36]).resize((80, 20)).tobytes()
 
 
+@pytest.mark.skipif(int(av.__version__.split(".")[0]) < 18, reason="this PyAV cannot write a turned video")
 def test_a_turned_video_is_given_upright(tmp_path: Path) -> None:
     path = tmp_path / "phone.mp4"
     picture = np.zeros((48, 64, 3), dtype=np.uint8)

@@ -48,12 +48,13 @@ def test_a_file_without_our_settings_gives_none(tmp_path: Path) -> None:
 
 
 # 4:4:4 at CRF 0 is lossless after the change to YUV, whose rounding costs up to 2 levels per channel;
-# 4:2:0 averages colour over 2x2 pixels, which a smooth picture hardly feels.
+# 4:2:0 averages colour over 2x2 pixels, worth 5 levels at most in this smooth picture, and PyAV before 18
+# rounds carelessly.
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
         pytest.param({"crf": 0, "pix_fmt": "yuv444p"}, 2, id="full-colour"),
-        pytest.param({"crf": 0}, 6, id="shared-colour"),
+        pytest.param({"crf": 0}, 8, id="shared-colour"),
         pytest.param({"quality": 9}, 12, id="the-default-quality"),
         pytest.param({"codec": "libx265", "crf": 4, "pix_fmt": "yuv444p"}, 6, id="h265"),
         pytest.param({"codec": "ffv1", "pix_fmt": "yuv444p"}, 2, id="ffv1"),
