@@ -21,10 +21,10 @@ class _Vocabulary(Protocol):
 
 
 class _Sentencepiece:
-    def __init__(self, file: Path) -> None:
+    def __init__(self, model: bytes) -> None:
         import sentencepiece
 
-        self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
 
     def encode(self, text: str) -> list[int]:
         return list(self._model.encode(text))
@@ -46,13 +46,19 @@ class Tokenizer:
     """A umT5 vocabulary.
 
     Args:
-        file: ``spiece.model`` (sentencepiece) or ``tokenizer.json`` (tokenizers).
+        source: ``spiece.model`` (sentencepiece) or ``tokenizer.json`` (tokenizers), or a sentencepiece model's bytes.
         max_tokens: longer texts are cut; </s> stays.
     """
 
-    def __init__(self, file: Path, max_tokens: int = 512) -> None:
-        self.file, self.max_tokens = file, max_tokens
-        self._vocabulary: _Vocabulary = _Sentencepiece(file) if file.suffix == ".model" else _TokenizersJson(file)
+    def __init__(self, source: Path | bytes, max_tokens: int = 512) -> None:
+        self.max_tokens = max_tokens
+        self._vocabulary: _Vocabulary
+        if isinstance(source, bytes):
+            self._vocabulary = _Sentencepiece(source)
+        elif source.suffix == ".model":
+            self._vocabulary = _Sentencepiece(source.read_bytes())
+        else:
+            self._vocabulary = _TokenizersJson(source)
 
     def encode(self, text: str) -> list[int]:
         """Ids of one cleaned text, </s> last. An empty text is </s> alone."""

@@ -1,0 +1,43 @@
+"""What a pipeline says about itself."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from diffsynth.conditioning.registry import CONDITIONERS
+from diffsynth.pipelines.components import PipelineComponents
+
+GIB = 2**30
+
+
+def describe(parts: PipelineComponents, precision: str) -> str:
+    """Lines of text: networks, experts, inputs, defaults."""
+    lines = [f"WanVideoPipeline on {parts.device}, {_dtype(parts.dtype)}, precision {precision!r}"]
+    for name, network in parts.networks().items():
+        lines.append(f"  {name}: {'not loaded' if network is None else _network(network)}")
+        if name in parts.sources:
+            lines.append(f"    from {parts.sources[name]}")
+    if parts.high is not None:
+        config = parts.high.dit.config
+        planes = ", ".join(f"{k} ({v})" for k, v in config.planes.items()) or "none"
+        lines.append(
+            f"  kind: {parts.family}, width {config.dim}, {config.num_layers} blocks, {config.num_heads} heads, planes: {planes}"
+        )
+    if parts.low is not None:
+        lines.append(f"  two experts, the low-noise one below timestep {parts.boundary * 1000:g}")
+    lines.append("  inputs: " + ", ".join(sorted(CONDITIONERS)))
+    if parts.generation:
+        lines.append("  defaults from the checkpoint: " + ", ".join(f"{k}={v}" for k, v in parts.generation.items()))
+    return "\n".join(lines)
+
+
+def _network(network: nn.Module) -> str:
+    tensors = list(network.parameters())
+    count = sum(t.numel() for t in tensors)
+    size = sum(t.numel() * t.element_size() for t in tensors) / GIB
+    kinds = ", ".join(sorted({f"{_dtype(t.dtype)} on {t.device}" for t in tensors}))
+    return f"{type(network).__name__}, {count / 1e6:.1f} M parameters, {size:.2f} GiB, {kinds}"
+
+
+def _dtype(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,259 @@
+"""A call of the pipeline, checked whole before any model moves."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffsynth.conditioning.conditioner import Geometry, read_inputs
+from diffsynth.conditioning.registry import CONDITIONERS
+from diffsynth.conditioning.text import TextInputs
+from diffsynth.denoising.loop import ProgressBar
+from diffsynth.errors import ArgumentError, UnknownArgumentError, UnusedInputError
+from diffsynth.models.wan.dit import StepCache
+from diffsynth.pipelines.components import PipelineComponents
+from diffsynth.sampling.registry import SAMPLERS
+
+logger = logging.getLogger("diffsynth")
+
+OUTPUT_TYPES = ("pil", "pt", "np", "latent")
+TEMPORAL_STRIDE = 4
+V1_TILE_SIZE, V1_TILE_STRIDE = (30, 52), (15, 26)  # latent positions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallOptions:
+    """Arguments of ``pipe()`` that are no condition. None means: the model's default."""
+
+    height: int | None = None  # pixels, multiples of 16
+    width: int | None = None
+    num_frames: int | None = None  # 4 k + 1
+    seed: int | None = None  # None draws one and logs it; sample i of a batch uses seed + i
+    rand_device: str = "cpu"  # where noise is drawn: "cpu" gives the same video on every machine
+    num_inference_steps: int | None = None
+    sampler: str | None = None  # "euler", "unipc" or "dpm++"
+    sigma_shift: float | None = None  # how far noise levels lean to the noisy end: 1 is even, 3 to 12 are usual
+    sigmas: Sequence[float] | Tensor | None = None  # noise levels, falling, without the final 0; replaces steps and shift
+    timesteps: Sequence[float] | Tensor | None = None  # what the network is told at each of ``sigmas``
+    latents: Tensor | None = None  # initial noise (B, C, F, H, W) float32; replaces the seed
+    switch_DiT_boundary: float | None = None  # noqa: N815 (v1's name) share of 1000 where the low-noise expert takes over
+    tiled: bool | None = None  # code the VAE in tiles; None: only when the whole picture does not fit
+    tile_size: tuple[int, int] | None = None  # height and width in latent positions
+    tile_stride: tuple[int, int] | None = None
+    output_type: Literal["pil", "pt", "np", "latent"] = "pil"
+    callback_on_step_end: Callable[..., Mapping[str, Tensor] | None] | None = None  # (pipe, step, timestep, tensors)
+    step_cache: StepCache | None = None  # may answer instead of the blocks
+    strict: bool = False  # raise instead of snapping sizes
+    progress_bar_cmd: ProgressBar = tqdm  # wraps the timesteps
+    progress_bar_st: object = None  # accepted because v1 had it
+
+
+V1_DEFAULTS: dict[str, object] = {
+    "height": 480, "width": 832, "num_frames": 81, "num_inference_steps": 50, "cfg_scale": 5.0, "sigma_shift": 5.0,
+    "sampler": "euler",
+}  # fmt: skip
+# Models that v1 did not know: official values (Wan2.2 wan/configs). Key: family and whether there are two experts.
+OFFICIAL_DEFAULTS: dict[tuple[str, bool], dict[str, object]] = {
+    ("t2v", True): {"height": 720, "width": 1280, "num_inference_steps": 40, "cfg_scale": 4.0,
+                    "cfg_scale_low_noise": 3.0, "sigma_shift": 12.0, "sampler": "unipc"},
+}  # fmt: skip
+
+# Arguments that v1 scripts carry and what would read them: their harmless values pass, others say what is missing.
+UNREAD: dict[str, tuple[tuple[object, ...], str]] = {
+    "input_image": ((None,), "an image-to-video model"),
+    "end_image": ((None,), "a first-last-frame or InP model"),
+    "control_video": ((None,), "a Fun-Control model"),
+    "reference_image": ((None,), "a Fun V1.1 Control model"),
+    "vace_video": ((None,), "a VACE model"),
+    "vace_video_mask": ((None,), "a VACE model"),
+    "vace_reference_image": ((None,), "a VACE model"),
+    "vace_scale": ((None, 1.0), "a VACE model"),
+    "motion_bucket_id": ((None,), "the speed-control model"),
+    "tea_cache_l1_thresh": ((None,), "a step cache by name, which this version lacks; step_cache= takes an object"),
+    "tea_cache_model_id": ((None, ""), "a step cache by name, which this version lacks; step_cache= takes an object"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoRequest:
+    """Everything a call asks for, with defaults filled in and sizes snapped."""
+
+    options: CallOptions
+    inputs: Mapping[str, Any]  # conditioner name -> its Inputs, those that apply
+    geometry: Geometry
+    num_videos: int
+    is_batch: bool  # a list of prompts, or several videos per prompt: the result is a list of videos
+    cfg_scale: float
+    cfg_scale_low_noise: float
+    denoising_strength: float
+    settings: Mapping[str, object]  # what was asked and resolved, plain values: goes into the file's metadata
+
+
+def known_arguments() -> dict[str, tuple[object, object]]:
+    """Every argument of ``pipe()`` with its annotation and default, prompts first."""
+    known: dict[str, tuple[object, object]] = {}
+    for kind in (TextInputs, CallOptions, *(c.Inputs for c in CONDITIONERS.values())):
+        for f in fields(kind):
+            known.setdefault(f.name, (f.type, None if f.default is MISSING else f.default))
+    known["cfg_scale"] = ("float | None", None)
+    for name, (harmless, _) in UNREAD.items():
+        known[name] = ("object", harmless[-1])
+    return known
+
+
+def call_signature() -> inspect.Signature:
+    """The signature of ``pipe()``, told by the dataclasses of its readers."""
+    kinds = inspect.Parameter
+    parameters = [kinds("self", kinds.POSITIONAL_OR_KEYWORD)]
+    for name, (annotation, default) in known_arguments().items():
+        kind = kinds.POSITIONAL_OR_KEYWORD if name in ("prompt", "negative_prompt") else kinds.KEYWORD_ONLY
+        parameters.append(kinds(name, kind, default=default, annotation=annotation))
+    return inspect.Signature(sorted(parameters, key=lambda p: p.kind))
+
+
+def read_request(arguments: Mapping[str, object], parts: PipelineComponents, precision: str) -> VideoRequest:
+    """Check a call and fill in defaults; raises before any model moves.
+
+    Raises:
+        UnknownArgumentError: for an argument that nothing reads; names the nearest.
+        UnusedInputError: for an input that the loaded models cannot use.
+        ArgumentError: for values that cannot work.
+    """
+    given = _known_only(arguments)
+    _check_grid(given)
+    resolved = {**V1_DEFAULTS, **OFFICIAL_DEFAULTS.get((parts.family, parts.low is not None), {}), **parts.generation}
+    resolved = {k: v for k, v in resolved.items() if k in known_arguments()}
+    resolved.update({k: v for k, v in given.items() if v is not None})
+    options = _tiling(read_inputs(CallOptions, resolved), precision)
+    _check_options(options, resolved)
+    resolved.update(tile_size=options.tile_size if options.tiled else None,
+                    tile_stride=options.tile_stride if options.tiled else None)  # fmt: skip
+    text: TextInputs = read_inputs(TextInputs, resolved)
+    if text.num_videos_per_prompt < 1:
+        raise ArgumentError(f"num_videos_per_prompt is {text.num_videos_per_prompt}; give 1 or more.")
+    num_videos = text.num_prompts * text.num_videos_per_prompt
+    geometry = _geometry(options, parts, num_videos)
+    inputs = {}
+    for name, conditioner in CONDITIONERS.items():
+        own = read_inputs(conditioner.Inputs, resolved)
+        if conditioner.applies(own, parts):
+            inputs[name] = own
+    is_list = text.prompt_embeds is None and not isinstance(text.prompt, str)
+    return VideoRequest(
+        options=replace(options, height=geometry.height, width=geometry.width, num_frames=geometry.num_frames),
+        inputs=inputs,
+        geometry=geometry,
+        num_videos=num_videos,
+        is_batch=is_list or num_videos > 1,
+        cfg_scale=text.cfg_scale,
+        cfg_scale_low_noise=text.cfg_scale if text.cfg_scale_low_noise is None else text.cfg_scale_low_noise,
+        denoising_strength=float(str(resolved.get("denoising_strength", 1.0))),
+        settings=_plain({**resolved, "height": geometry.height, "width": geometry.width, "num_frames": geometry.num_frames}),
+    )
+
+
+def _known_only(arguments: Mapping[str, object]) -> dict[str, object]:
+    known = known_arguments()
+    given = {}
+    for name, value in arguments.items():
+        if name not in known:
+            raise UnknownArgumentError(name, known)
+        if name in UNREAD:
+            harmless, reader = UNREAD[name]
+            if not any(value is h or (isinstance(value, (int, float, str)) and value == h) for h in harmless):
+                raise UnusedInputError(f"{name} was given, but no loaded model reads it: it needs {reader}.")
+            continue
+        given[name] = value
+    return given
+
+
+def _check_grid(given: Mapping[str, object]) -> None:
+    if given.get("sigmas") is None:
+        if given.get("timesteps") is not None:
+            raise ArgumentError("timesteps= was given without sigmas=; it tells the network what to read at each of them.")
+        return
+    replaced = [n for n in ("num_inference_steps", "sigma_shift") if given.get(n) is not None]
+    if given.get("denoising_strength") not in (None, 1.0):
+        replaced.append("denoising_strength")
+    if replaced:
+        raise ArgumentError(f"sigmas= replaces {' and '.join(replaced)}; give one or the other.")
+
+
+def _check_options(options: CallOptions, resolved: Mapping[str, object]) -> None:
+    if options.sampler not in SAMPLERS:
+        raise ArgumentError(f"sampler is {options.sampler!r}; known: {', '.join(SAMPLERS)}.")
+    if options.output_type not in OUTPUT_TYPES:
+        raise ArgumentError(f"output_type is {options.output_type!r}; known: {', '.join(OUTPUT_TYPES)}.")
+    steps = options.num_inference_steps
+    if options.sigmas is None and (not isinstance(steps, int) or steps < 1):
+        raise ArgumentError(f"num_inference_steps is {steps}; give 1 or more (50 is usual).")
+    for name in ("cfg_scale", "cfg_scale_low_noise"):
+        value = resolved.get(name)
+        if value is not None and not (isinstance(value, (int, float)) and -100 < value < 100):
+            raise ArgumentError(f"{name} is {value}; give a number, 1 (no guidance) to 10 are usual.")
+
+
+def _tiling(options: CallOptions, precision: str) -> CallOptions:
+    tiled = (precision == "v1") if options.tiled is None else options.tiled
+    size = options.tile_size or V1_TILE_SIZE
+    stride = options.tile_stride or (V1_TILE_STRIDE if options.tile_size is None else (max(1, size[0] // 2), max(1, size[1] // 2)))
+    for name, pair in (("tile_size", size), ("tile_stride", stride)):
+        if len(pair) != 2 or min(pair) < 1:
+            raise ArgumentError(f"{name} is {pair}; give height and width in latent positions, such as {V1_TILE_SIZE}.")
+    if any(s > t for s, t in zip(stride, size, strict=True)):
+        raise ArgumentError(f"tile_stride {stride} is larger than tile_size {size}: parts of the picture would be left out.")
+    return replace(options, tiled=tiled, tile_size=tuple(size), tile_stride=tuple(stride))
+
+
+def _geometry(options: CallOptions, parts: PipelineComponents, num_videos: int) -> Geometry:
+    stride = 8 if parts.vae is None else parts.vae.spatial_stride
+    patch = (1, 2, 2) if parts.high is None else parts.high.dit.config.patch_size
+    channels = 16 if parts.high is None else parts.high.dit.config.out_dim
+    height = _snapped("height", options.height, stride * patch[1], options.strict)
+    width = _snapped("width", options.width, stride * patch[2], options.strict)
+    num_frames = _snapped_frames(options.num_frames, options.strict)
+    return Geometry(
+        num_videos=num_videos, num_frames=num_frames, height=height, width=width, latent_channels=channels,
+        latent_frames=(num_frames - 1) // TEMPORAL_STRIDE + 1, latent_height=height // stride, latent_width=width // stride,
+    )  # fmt: skip
+
+
+def _snapped(name: str, value: int | None, multiple: int, strict: bool) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ArgumentError(f"{name} is {value}; give a number of pixels, a multiple of {multiple}.")
+    up = -(-value // multiple) * multiple
+    if up != value:
+        if strict:
+            raise ArgumentError(f"{name} is {value}, not a multiple of {multiple}; the next is {up}.")
+        logger.warning("%s %d is not a multiple of %d; %d is made instead.", name, value, multiple, up)
+    return up
+
+
+def _snapped_frames(value: int | None, strict: bool) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ArgumentError(f"num_frames is {value}; give 4 k + 1, such as 81 (1 makes a picture).")
+    near = (value + 2) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
+    if value % TEMPORAL_STRIDE == 1:
+        return value
+    if strict:
+        raise ArgumentError(f"num_frames is {value}, which is not 4 k + 1; the nearest is {near}.")
+    logger.warning("num_frames %d is not 4 k + 1; %d are made instead.", value, near)
+    return near
+
+
+def _plain(values: Mapping[str, object]) -> dict[str, object]:
+    """Only what reads as text later: numbers, strings and lists of them."""
+    kept = {}
+    for name, value in values.items():
+        if isinstance(value, (str, int, float)) or (
+            isinstance(value, (list, tuple)) and all(isinstance(v, (str, int, float)) for v in value)
+        ):
+            kept[name] = value
+    return kept
