@@ -87,8 +87,8 @@ def test_relative_buckets_equal_the_reference() -> None:
 
 
 def test_prompts_are_cleaned_as_officially() -> None:
-    for raw, clean in case("H_text_cleaning").pairs:
-        assert clean_prompt(raw) == clean
+    for pair in case("H_text_cleaning").pairs:
+        assert clean_prompt(pair["input"]) == pair["whitespace"]
 
 
 def test_rotary_angles_equal_the_complex128_table() -> None:
