@@ -119,14 +119,9 @@ class MappedFile:
             extent = prod(stored.shape)
         else:
             extent = 1 + sum((n - 1) * step for n, step in zip(stored.shape, stored.stride, strict=True))
-        if stored.offset % dtype.itemsize:
-            # Kernels expect aligned elements; a header of odd length gives others, so these are copied.
-            raw = torch.frombuffer(
-                self._mapping(), dtype=torch.uint8, count=extent * dtype.itemsize, offset=stored.offset
-            )
-            flat = raw.clone().view(dtype)
-        else:
-            flat = torch.frombuffer(self._mapping(), dtype=dtype, count=extent, offset=stored.offset)
+        # A header of odd length gives elements that are not aligned. They are views too, as in the safetensors
+        # library: processors of today read them, and a copy of a whole model would not fit in memory.
+        flat = torch.frombuffer(self._mapping(), dtype=dtype, count=extent, offset=stored.offset)
         if stored.stride is None:
             return flat.view(stored.shape)
         return flat.as_strided(stored.shape, stored.stride)

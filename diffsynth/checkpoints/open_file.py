@@ -25,6 +25,8 @@ def read_header(path: Path) -> FileHeader:
         raise CheckpointNotFoundError(not_found(path))
     with path.open("rb") as file:
         start = file.read(512)
+    if start[8:9] == b"{":  # the length of a header before it may look like anything
+        return read_safetensors_header(path)
     if start.startswith(b"PK\x03\x04"):
         from diffsynth.checkpoints.torch_file import (
             read_torch_header,
@@ -55,13 +57,12 @@ def _refuse_other_kinds(path: Path, start: bytes) -> None:
             f"{path} is in the format that torch wrote before 1.6, which cannot be mapped. Save it once "
             f"more: {RESAVE}"
         )
-    looks_like_header = len(start) > 8 and start[8:9] == b"{"
-    if path.suffix != ".safetensors" and not looks_like_header:
+    if path.suffix != ".safetensors":
         raise CorruptCheckpointError(
-            f"{path} is neither a torch file nor safetensors (it starts with {start[:8]!r}). It was cut off, "
-            "or it is another kind of file under this name."
+            f"{path} is neither a torch file nor safetensors (it starts with {start[:8]!r}). It was cut off, or "
+            "it is another kind of file under this name."
         )
-    if not looks_like_header and start[:16].isascii() and start[:8].decode("ascii").isprintable():
+    if start[:16].isascii() and start[:8].decode("ascii").isprintable():
         raise CorruptCheckpointError(
             f"{path} is a text, not safetensors (it starts with {start[:40].decode('ascii', 'replace')!r})."
         )

@@ -1,4 +1,4 @@
-"""``diffsynth inspect``: what a file is, its sizes, what is left over; without torch, without reading weights."""
+"""``diffsynth inspect``: what a file is, its sizes, what is left over; no weight is read, torch stays out."""
 
 from __future__ import annotations
 
