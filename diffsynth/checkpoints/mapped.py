@@ -119,8 +119,9 @@ class MappedFile:
             extent = prod(stored.shape)
         else:
             extent = 1 + sum((n - 1) * step for n, step in zip(stored.shape, stored.stride, strict=True))
-        # A header of odd length gives elements that are not aligned. They are views too, as in the safetensors
-        # library: processors of today read them, and a copy of a whole model would not fit in memory.
+        # A header of odd length gives elements that are not aligned. They are views too, as in the
+        # safetensors library: processors of today read them, and a copy of a whole model would not fit in
+        # memory.
         flat = torch.frombuffer(self._mapping(), dtype=dtype, count=extent, offset=stored.offset)
         if stored.stride is None:
             return flat.view(stored.shape)

@@ -59,8 +59,8 @@ def _refuse_other_kinds(path: Path, start: bytes) -> None:
         )
     if path.suffix != ".safetensors":
         raise CorruptCheckpointError(
-            f"{path} is neither a torch file nor safetensors (it starts with {start[:8]!r}). It was cut off, or "
-            "it is another kind of file under this name."
+            f"{path} is neither a torch file nor safetensors (it starts with {start[:8]!r}). It was cut off, "
+            "or it is another kind of file under this name."
         )
     if start[:16].isascii() and start[:8].decode("ascii").isprintable():
         raise CorruptCheckpointError(
