@@ -15,16 +15,16 @@ from torch import Tensor, nn
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # pushes all singular values towards 1 in five rounds
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Nearest matrix with equal singular values, about."""
-    x = matrix / (matrix.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Nearest matrices with equal singular values, about; (n, rows, columns), each on its own."""
+    x = matrices / (matrices.flatten(1).norm(dim=1).view(-1, 1, 1) + 1e-7)
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
     a, b, c = NEWTON_SCHULZ
     for _ in range(5):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -49,18 +49,26 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                update = self._muon(p) if group["muon"] else self._adam(p)
+            active = [p for p in group["params"] if p.grad is not None]
+            updates = self._muon(active) if group["muon"] else [self._adam(p) for p in active]
+            for p, update in zip(active, updates, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
 
-    def _muon(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        momentum = state.setdefault("momentum", torch.zeros_like(p))
-        momentum.lerp_(p.grad, 0.05)
-        matrix = p.grad.lerp(momentum, 0.95).flatten(1)
-        return (orthogonal(matrix) * (0.2 * max(matrix.shape) ** 0.5)).view_as(p)
+    def _muon(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        matrices = []
+        for index, p in enumerate(parameters):
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 0.05)
+            matrices.append(p.grad.lerp(momentum, 0.95).flatten(1))
+            by_shape.setdefault(tuple(matrices[-1].shape), []).append(index)
+        updates: list[Tensor] = list(matrices)
+        for shape, indices in by_shape.items():
+            # Equal shapes together: one batched product keeps all cores busy.
+            made = orthogonal(torch.stack([matrices[i] for i in indices])) * (0.2 * max(shape) ** 0.5)
+            for i, update in zip(indices, made, strict=True):
+                updates[i] = update.view_as(parameters[i])
+        return updates
 
     def _adam(self, p: Tensor) -> Tensor:
         state = self.state[p]

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from diffsynth.models.wan.vae import VAEConfig, WanVideoVAE
 from diffsynth.models.wan.vae_layers import History
+from diffsynth.tiny import tiny_folder
 from train.tiny.data import SIZE, vae_batch
+from train.tiny.export import fold_statistics, write_vae
 from train.tiny.muon import Muon
 from train.tiny.state import Run, cosine
 
@@ -56,7 +58,7 @@ def psnr(vae: WanVideoVAE, num_frames: int, count: int = 8) -> float:
     return float((-10 * mse.log10()).mean())
 
 
-def train(out: Path, minutes: float, seed: int) -> None:
+def train(out: Path, weights: Path, minutes: float, seed: int) -> None:
     """Train for ``minutes`` of wall clock counted over all starts; the schedule follows the clock."""
     torch.manual_seed(seed)
     vae = WanVideoVAE(CONFIG)
@@ -92,15 +94,28 @@ def train(out: Path, minutes: float, seed: int) -> None:
             clock.write_text(str(elapsed))
     run.save()
     clock.write_text(str(minutes * 60))
+    export(run, weights)
+
+
+def export(run: Run, weights: Path) -> None:
+    """Write the averaged weights, with the latents' statistics folded in."""
+    vae = run.networks["vae"]
+    assert isinstance(vae, WanVideoVAE)
     vae.load_state_dict(run.average["vae"])
-    print("held out, averaged weights:", {n: round(psnr(vae, n, 32), 2) for n in (1, 5, 9, 17, 25)}, flush=True)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(vae_batch(random.Random(n), 64, 17, SIZE, 0.0), normalise=False, chunk_frames=16)
+                             for n in range(4)])  # fmt: skip
+    fold_statistics(vae, latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4)))
+    write_vae(vae, weights)
+    print("held out, averaged weights, dB:", {n: round(psnr(vae, n, 32), 2) for n in (1, 5, 9, 17, 25)}, flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("outputs/tiny"))
+    parser.add_argument("--weights", type=Path, default=tiny_folder())
     parser.add_argument("--minutes", type=float, default=45.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    train(arguments.out, arguments.minutes, arguments.seed)
+    train(arguments.out, arguments.weights, arguments.minutes, arguments.seed)

@@ -1,0 +1,147 @@
+"""Train the tiny DiT and its text encoder: `python -m train.tiny.train_dit --minutes 60`. Goes on where it was cut off."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from diffsynth.conditioning.conditions import Conditions
+from diffsynth.conditioning.tokenizer import Tokenizer, find_tokenizer
+from diffsynth.models.wan.dit import DiTConfig, WanDiT
+from diffsynth.models.wan.text_encoder import TextEncoderConfig, WanTextEncoder
+from diffsynth.models.wan.vae import WanVideoVAE
+from diffsynth.sampling.schedule import add_noise
+from diffsynth.tiny import tiny_folder
+from diffsynth.tiny.draw import draw_batch
+from diffsynth.tiny.grammar import Scene, caption
+from train.tiny.data import SIZE, draw_scenes
+from train.tiny.export import write_dit, write_text_encoder
+from train.tiny.muon import Muon
+from train.tiny.state import Run, cosine, save_whole
+
+DIT = DiTConfig(
+    dim=160, in_dim=16, out_dim=16, ffn_dim=448, num_layers=6, num_heads=4, freq_dim=64, text_dim=128, text_len=64
+)
+TEXT = {"dim": 128, "dim_attn": 128, "dim_ffn": 256, "num_heads": 4, "num_layers": 3}
+CLIPS = {17: 12000, 9: 2000, 25: 2000, 5: 1500, 1: 500}  # encoded once, by number of frames
+BATCH = 64
+LEARNING_RATE, ADAM_LEARNING_RATE = 1e-2, 2e-3
+SHIFT = 3.0  # noise levels lean to the noisy end, where colour, shape and place are decided
+EMPTY_PROMPTS = 0.1  # share of captions left out, so that guidance has something to lead away from
+
+
+class Clips:
+    """Encoded clips with their scenes, by number of frames; captions are worded anew each time."""
+
+    def __init__(self, vae: WanVideoVAE, path: Path, seed: int) -> None:
+        self.scenes: dict[int, list[Scene]] = {}
+        self.latents: dict[int, Tensor] = torch.load(path, weights_only=True) if path.exists() else {}
+        for num_frames, count in CLIPS.items():
+            self.scenes[num_frames] = draw_scenes(random.Random(seed + num_frames), count, num_frames)
+            if num_frames not in self.latents:
+                started = time.monotonic()
+                self.latents[num_frames] = _encode(vae, self.scenes[num_frames], num_frames)
+                save_whole(dict(self.latents), path)  # type: ignore[arg-type]
+                print(f"{count} clips of {num_frames} frames encoded in {time.monotonic() - started:.0f} s", flush=True)
+
+    def batch(self, rng: random.Random) -> tuple[Tensor, list[str]]:
+        """Latents (B, C, F, h, w) float32 and their captions."""
+        num_frames = rng.choices(list(CLIPS), list(CLIPS.values()))[0]
+        picked = [rng.randrange(CLIPS[num_frames]) for _ in range(BATCH)]
+        texts = [
+            "" if rng.random() < EMPTY_PROMPTS else caption(self.scenes[num_frames][i], rng) for i in picked
+        ]
+        return self.latents[num_frames][picked].float(), texts
+
+
+@torch.no_grad()
+def _encode(vae: WanVideoVAE, scenes: list[Scene], num_frames: int, at_once: int = 16) -> Tensor:
+    rows = []
+    for start in range(0, len(scenes), at_once):
+        video = draw_batch(scenes[start : start + at_once], num_frames, SIZE)
+        with torch.autocast("cpu", torch.bfloat16):
+            rows.append(vae.encode(video, chunk_frames=24).to(torch.float16))
+    return torch.cat(rows)
+
+
+def encode_text(encoder: WanTextEncoder, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
+    """Features (B, tokens, D), zero where a text has ended."""
+    ids, mask = tokenizer.batch(texts)
+    features = encoder(ids, mask)
+    return pad_sequence([row[: int(m.sum())] for row, m in zip(features, mask, strict=True)], batch_first=True)
+
+
+def flow_loss(dit: WanDiT, encoder: WanTextEncoder, tokenizer: Tokenizer, latents: Tensor, texts: list[str]) -> Tensor:
+    """Mean squared error of the velocity at one random noise level per clip."""
+    even = (torch.arange(len(latents)) + torch.rand(len(latents))) / len(latents)  # one per stratum: less noise
+    sigma = SHIFT * even / (1 + (SHIFT - 1) * even)
+    sigma = sigma[torch.randperm(len(sigma))]
+    noise = torch.randn_like(latents)
+    text = encode_text(encoder, tokenizer, texts)
+    [velocity] = dit(add_noise(latents, noise, sigma), sigma * 1000, [dit.prepare(Conditions(text=text))])
+    return (velocity - (noise - latents)).square().mean()
+
+
+def train(out: Path, weights: Path, minutes: float, seed: int) -> None:
+    """Train for ``minutes`` of wall clock counted over all starts; write the files of the averaged weights."""
+    from diffsynth.models.model_manager import ModelManager
+    from train.tiny.export import VAE_FILE
+
+    torch.manual_seed(seed)
+    vae = ModelManager(torch_dtype=torch.float32, device="cpu").load_models([weights / VAE_FILE]).fetch_model("wan_video_vae")
+    assert isinstance(vae, WanVideoVAE)
+    clips = Clips(vae, out / "latents.pt", seed)
+    tokenizer = Tokenizer(find_tokenizer(tiny_folder() / "x"))
+    text_config = TextEncoderConfig(vocab_size=tokenizer.size, **TEXT)
+    dit, encoder = WanDiT(DIT), WanTextEncoder(text_config)
+    torch.nn.init.zeros_(dit.head.head.weight)
+    torch.nn.init.normal_(encoder.token_embedding.weight, std=1.0)
+    optimizer = Muon([*dit.parameters(), *encoder.parameters()], LEARNING_RATE, ADAM_LEARNING_RATE, 1e-2)
+    run = Run(out / "dit.pt", {"dit": dit, "text": encoder}, optimizer, ema=0.999)
+    clock = out / "dit.seconds"
+    used = float(clock.read_text()) if clock.exists() else 0.0
+    rng, started, recent = random.Random(seed + run.step), time.monotonic(), []
+    torch.manual_seed(seed + run.step)
+    while (elapsed := used + time.monotonic() - started) < minutes * 60:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * cosine(elapsed / (minutes * 60))
+        loss = flow_loss(dit, encoder, tokenizer, *clips.batch(rng))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([*dit.parameters(), *encoder.parameters()], 1.0)
+        optimizer.step()
+        recent.append(loss.item())
+        if run.step % 100 == 0:
+            print(f"step {run.step} {elapsed / 60:.1f} min loss {sum(recent) / len(recent):.4f}", flush=True)
+            recent = []
+        run.advance(lambda text: print(text, flush=True))
+        if run.step % 50 == 0:
+            clock.write_text(str(elapsed))
+    run.save()
+    clock.write_text(str(minutes * 60))
+    export(run, text_config, weights)
+
+
+def export(run: Run, text_config: TextEncoderConfig, weights: Path) -> None:
+    """Write the averaged weights."""
+    for name, network in run.networks.items():
+        network.load_state_dict(run.average[name])
+    write_dit(run.networks["dit"], DIT, weights)
+    write_text_encoder(run.networks["text"], text_config, weights)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("outputs/tiny"))
+    parser.add_argument("--weights", type=Path, default=tiny_folder())
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    train(arguments.out, arguments.weights, arguments.minutes, arguments.seed)
