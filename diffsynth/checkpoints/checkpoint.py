@@ -148,7 +148,9 @@ class Checkpoint:
         entry = self._entries[name]
         raw, scale = entry.load()
         if entry.is_quantised:
-            return widened(raw, scale).to(device=device, dtype=dtype or torch.bfloat16)
+            # moved while it is small, widened where it is needed
+            scale = None if scale is None else scale.to(device)
+            return widened(raw.to(device), scale).to(dtype or torch.bfloat16)
         if not (raw.is_floating_point() or raw.is_complex()):
             dtype = None  # counters and masks stay integers
         return raw.to(device=device, dtype=dtype)

@@ -14,7 +14,8 @@ from diffsynth.errors import ConfigurationError, LoRAFileError, UnknownCheckpoin
 # What trainers and ComfyUI put in front of names; any of them, in any order.
 PREFIX = re.compile(
     r"(?:(?:model\.diffusion_model|diffusion_model|transformer|model|module|net|pipe\.dit|dit|pipe\.vae|vae"
-    r"|first_stage_model|text_encoders\.umt5xxl(?:\.transformer)?|_orig_mod|_fsdp_wrapped_module)\.)+"
+    r"|first_stage_model|text_encoders\.umt5xxl(?:\.transformer)?|state_dict|model_state|_orig_mod"
+    r"|_fsdp_wrapped_module)\.)+"
 )
 IGNORED = re.compile(r"model_type\..+")  # a marker without information in some ComfyUI files
 ATTACHMENTS = ("spiece_model", "tokenizer_json")  # ComfyUI keeps the tokenizer in the text encoder's file

@@ -50,7 +50,7 @@ def group_files(paths: PathLike | Sequence[PathLike | Sequence[PathLike]]) -> li
         MissingShardError: when some of N shards are absent; names them.
     """
     items = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    if not items:
+    if not items or "" in items:
         raise CheckpointNotFoundError("No path was given; give a file, a folder, or a list of them.")
     groups: list[FileGroup] = []
     for item in items:

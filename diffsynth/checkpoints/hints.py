@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from diffsynth.checkpoints.files import SHARD
+from diffsynth.errors import ConfigurationError
 
 MAX_JSON_BYTES = 4 << 20
 Shapes = Mapping[str, tuple[int, ...]]
@@ -190,8 +191,6 @@ def role_of(paths: tuple[Path, ...], metadata: Mapping[str, str]) -> Role | None
 
 def size_of(shapes: Shapes, name: str, axis: int) -> int:
     """Return one axis of a tensor; a mark of the row guarantees that the tensor is there."""
-    from diffsynth.errors import ConfigurationError
-
     shape = shapes.get(name)
     if shape is None or axis >= len(shape) or prod(shape) == 0:
         raise ConfigurationError(
@@ -202,7 +201,18 @@ def size_of(shapes: Shapes, name: str, axis: int) -> int:
 
 
 def count_of(shapes: Shapes, prefix: str) -> int:
-    """Return 1 + the largest N among names ``<prefix>N.``; 0 if there is none."""
+    """Return 1 + the largest N among names ``<prefix>N.``; 0 if there is none.
+
+    Raises:
+        ConfigurationError: when N is larger than any list with so few tensors could have.
+    """
     cut = len(prefix)
-    numbers = {name[cut:].split(".", 1)[0] for name in shapes if name.startswith(prefix)}
-    return max((int(n) + 1 for n in numbers if n.isdecimal()), default=0)
+    names = [name[cut:] for name in shapes if name.startswith(prefix)]
+    numbers = {name.split(".", 1)[0] for name in names}
+    count = max((int(n) + 1 for n in numbers if n.isdecimal() and len(n) < 7), default=0)
+    if count > max(len(names), 1):
+        raise ConfigurationError(
+            f"The file has a tensor {prefix}{count - 1}, but only {len(names)} tensors {prefix}*; it is "
+            "incomplete or made up."
+        )
+    return count

@@ -16,10 +16,10 @@ from functools import cached_property
 GROUPS = {
     "b": r"(?:vace_)?blocks\.\d+",
     "v": r"vace_blocks\.\d+",
-    "n": r"\d+",
-    "i": r"\d+",
-    "j": r"\d+",
-    "m": r"\d+",
+    "n": r"\d{1,6}",
+    "i": r"\d{1,6}",
+    "j": r"\d{1,6}",
+    "m": r"\d{1,6}",
     "p": r"weight|bias",
     "qkv": r"[qkv]",
     "qkvo": r"[qkvo]",
@@ -76,7 +76,7 @@ class _Template:
             if position % 2 == 0:
                 pattern += re.escape(piece)
             elif piece in NUMBERS:
-                pattern += rf"(?P<x{position}>\d+)"
+                pattern += rf"(?P<x{position}>\d{{1,6}})"
             elif piece in seen:
                 pattern += f"(?P=g{piece})"
             else:

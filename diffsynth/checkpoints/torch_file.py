@@ -36,7 +36,13 @@ STORAGES = {
     "ComplexDoubleStorage": "C128",
     "UntypedStorage": "U8",
 }
-REBUILDERS = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter"}
+REBUILDERS = {
+    "_rebuild_tensor",
+    "_rebuild_tensor_v2",
+    "_rebuild_tensor_v3",
+    "_rebuild_parameter",
+    "_rebuild_parameter_with_state",
+}
 
 
 class _Inert:
@@ -84,7 +90,7 @@ class _Global(_Inert):
     def __call__(self, *args: object) -> object:
         if self.name == "OrderedDict":
             return _Dict(*args)  # type: ignore[arg-type]
-        if self.name == "_rebuild_parameter":
+        if self.name.startswith("_rebuild_parameter"):
             return args[0]
         if self.name == "Size":
             return tuple(args[0])  # type: ignore[arg-type]

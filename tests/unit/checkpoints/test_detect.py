@@ -348,3 +348,17 @@ def test_sizes_of_a_toy_vae_are_inferred(blocks: int, dim: int, tmp_path: Path) 
         "temporal_downsample": (True, False, True),
         "z_dim": 16,
     }
+
+
+@pytest.mark.parametrize("number", ["999999", "1000000000", "9" * 5000])
+def test_a_list_of_a_million_blocks_is_refused(number: str, tmp_path: Path) -> None:
+    shapes = {
+        **manifests()["diffusers_wan2.1_t2v_1.3b_transformer"],
+        f"blocks.{number}.scale_shift_table": (1, 6, 1536),
+    }
+    path = write_sparse(tmp_path / "model.safetensors", shapes)
+    if number == "999999":
+        with pytest.raises(ConfigurationError, match=r"blocks\.999999, but only"):
+            detected(path)
+    else:
+        assert detected(path)[0].config["num_layers"] == 30

@@ -151,7 +151,7 @@ def test_a_folder_without_weights_says_where_they_are(tmp_path: Path) -> None:
         group_files(tmp_path)
 
 
-@pytest.mark.parametrize("paths", [[], [[]]])
+@pytest.mark.parametrize("paths", [[], [[]], "", [""]])
 def test_nothing_given_is_an_error(paths: list[object]) -> None:
     with pytest.raises(CheckpointNotFoundError, match="give"):
         group_files(paths)  # type: ignore[arg-type]
