@@ -34,7 +34,13 @@ class Geometry:
     @property
     def latent_shape(self) -> tuple[int, int, int, int, int]:
         """(B, C, F, H, W) of the latents."""
-        return (self.num_videos, self.latent_channels, self.latent_frames, self.latent_height, self.latent_width)
+        return (
+            self.num_videos,
+            self.latent_channels,
+            self.latent_frames,
+            self.latent_height,
+            self.latent_width,
+        )
 
 
 class TextEncoderLike(Protocol):

@@ -21,7 +21,9 @@ class Conditions:
 
     text: Tensor  # (B, tokens, text_dim), padded with zeros to text_len inside the DiT
     image: Tensor | None = None  # (B, 257 per image, 1280), never joined with text
-    planes: Mapping[str, Tensor] = field(default_factory=dict)  # "control" | "mask" | "image" -> (B, c, T, h, w)
+    planes: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # "control" | "mask" | "image" -> (B, c, T, h, w)
     adapters: Mapping[str, object] = field(default_factory=dict)  # adapter name -> its own frozen input
 
 
@@ -128,11 +130,17 @@ def merge(contributions: Mapping[str, Contribution]) -> Merged:
 
 def _join_plans(plan: LatentPlan, more: LatentPlan, writer: str, planners: dict[str, str]) -> LatentPlan:
     changed: dict[str, object] = {}
-    for name, value in (("extra_frames", more.extra_frames or None), ("start", more.start), ("pinned", more.pinned)):
+    for name, value in (
+        ("extra_frames", more.extra_frames or None),
+        ("start", more.start),
+        ("pinned", more.pinned),
+    ):
         if value is None:
             continue
         if name in planners:
-            raise ArgumentError(f"{planners[name]} and {writer} both decide {name!r} of the latent; give one of them only.")
+            raise ArgumentError(
+                f"{planners[name]} and {writer} both decide {name!r} of the latent; give one of them only."
+            )
         planners[name] = writer
         changed[name] = value
     return replace(plan, **changed)  # type: ignore[arg-type]

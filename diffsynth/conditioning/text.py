@@ -70,17 +70,31 @@ class TextConditioner:
         if not isinstance(inputs.prompt, str) and inputs.prompt is not None and len(inputs.prompt) == 0:
             raise ArgumentError("prompt is an empty list; give at least one text.")
         if not inputs.is_guided and inputs.negative_prompt_embeds is not None:
-            raise ArgumentError("negative_prompt_embeds is not read when cfg_scale is 1; leave it out or raise cfg_scale.")
-        needs_encoder = inputs.prompt_embeds is None or (inputs.is_guided and inputs.negative_prompt_embeds is None)
+            raise ArgumentError(
+                "negative_prompt_embeds is not read when cfg_scale is 1; leave it out or raise cfg_scale."
+            )
+        needs_encoder = inputs.prompt_embeds is None or (
+            inputs.is_guided and inputs.negative_prompt_embeds is None
+        )
         if needs_encoder and (parts.text_encoder is None or parts.tokenizer is None):
-            which = "prompt_embeds=" if inputs.prompt_embeds is None else "negative_prompt_embeds= (or cfg_scale=1)"
-            raise MissingModelError(f"No text encoder is loaded; load one (models_t5_umt5-xxl-enc-bf16.pth) or give {which}.")
+            which = (
+                "prompt_embeds="
+                if inputs.prompt_embeds is None
+                else "negative_prompt_embeds= (or cfg_scale=1)"
+            )
+            raise MissingModelError(
+                f"No text encoder is loaded; load one (models_t5_umt5-xxl-enc-bf16.pth) or give {which}."
+            )
         return True
 
     def encode(self, inputs: TextInputs, geometry: Geometry, parts: Components) -> Contribution:
         rows = inputs.prompt_embeds
         count = inputs.num_prompts
-        features = [*rows] if rows is not None else self._encode(_as_list(inputs.prompt or "", count, "prompt"), parts)
+        features = (
+            [*rows]
+            if rows is not None
+            else self._encode(_as_list(inputs.prompt or "", count, "prompt"), parts)
+        )
         positive = _pad(_repeat(features, inputs.num_videos_per_prompt))
         if not inputs.is_guided:
             return Contribution(text=(positive, None))
@@ -90,7 +104,9 @@ class TextConditioner:
         elif negative_rows.shape[0] in (1, count):
             negatives = [*negative_rows.expand(count, -1, -1)]
         else:
-            raise ArgumentError(f"negative_prompt_embeds has {negative_rows.shape[0]} rows; expected 1 or {count}.")
+            raise ArgumentError(
+                f"negative_prompt_embeds has {negative_rows.shape[0]} rows; expected 1 or {count}."
+            )
         return Contribution(text=(positive, _pad(_repeat(negatives, inputs.num_videos_per_prompt))))
 
     def _encode(self, texts: Sequence[str], parts: Components) -> list[Tensor]:
@@ -121,7 +137,9 @@ def _as_list(texts: str | Sequence[str], count: int, name: str) -> list[str]:
     if isinstance(texts, str):
         return [texts] * count
     if len(texts) != count:
-        raise ArgumentError(f"{name} has {len(texts)} texts for {count} prompts; give one, or as many as prompts.")
+        raise ArgumentError(
+            f"{name} has {len(texts)} texts for {count} prompts; give one, or as many as prompts."
+        )
     return list(texts)
 
 
@@ -142,4 +160,6 @@ def _warn_of_unknown_words(text: str, known: frozenset[str]) -> None:
     unknown = [word for word in re.findall(r"[^\W\d_]+", text.lower()) if word not in known]
     if unknown:
         listed = ", ".join(sorted(known)[:MAX_LISTED_WORDS])
-        logger.warning("This small model was not taught %s. It knows: %s.", ", ".join(map(repr, unknown)), listed)
+        logger.warning(
+            "This small model was not taught %s. It knows: %s.", ", ".join(map(repr, unknown)), listed
+        )

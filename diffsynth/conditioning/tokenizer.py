@@ -13,11 +13,18 @@ if TYPE_CHECKING:
 
 END_OF_TEXT, PADDING = 1, 0  # ids of </s> and <pad> in every umT5 vocabulary
 FILES = ("spiece.model", "tokenizer.json")
-FOLDERS = ("google/umt5-xxl", "tokenizer", ".", "../tokenizer", "../google/umt5-xxl")  # seen from the text encoder's
+FOLDERS = (
+    "google/umt5-xxl",
+    "tokenizer",
+    ".",
+    "../tokenizer",
+    "../google/umt5-xxl",
+)  # seen from the text encoder's
 
 
 class _Vocabulary(Protocol):
     def encode(self, text: str) -> list[int]: ...
+    def size(self) -> int: ...
 
 
 class _Sentencepiece:
@@ -28,6 +35,9 @@ class _Sentencepiece:
 
     def encode(self, text: str) -> list[int]:
         return list(self._model.encode(text))
+
+    def size(self) -> int:
+        return int(self._model.vocab_size())
 
 
 class _TokenizersJson:
@@ -40,6 +50,9 @@ class _TokenizersJson:
 
     def encode(self, text: str) -> list[int]:
         return list(self._model.encode(text, add_special_tokens=False).ids)
+
+    def size(self) -> int:
+        return int(self._model.get_vocab_size())
 
 
 class Tokenizer:
@@ -59,6 +72,11 @@ class Tokenizer:
             self._vocabulary = _Sentencepiece(source.read_bytes())
         else:
             self._vocabulary = _TokenizersJson(source)
+
+    @property
+    def size(self) -> int:
+        """Number of ids."""
+        return self._vocabulary.size()
 
     def encode(self, text: str) -> list[int]:
         """Ids of one cleaned text, </s> last. An empty text is </s> alone."""
@@ -83,7 +101,11 @@ def find_tokenizer(text_encoder_file: Path | None, tokenizer_path: str | Path | 
     """
     if tokenizer_path is not None:
         given = Path(tokenizer_path)
-        candidates = [given] if given.is_file() else [folder / name for folder in (given, given / FOLDERS[0]) for name in FILES]
+        candidates = (
+            [given]
+            if given.is_file()
+            else [folder / name for folder in (given, given / FOLDERS[0]) for name in FILES]
+        )
     elif text_encoder_file is not None:
         folder = text_encoder_file if text_encoder_file.is_dir() else text_encoder_file.parent
         candidates = [folder / place / name for place in FOLDERS for name in FILES]

@@ -32,10 +32,16 @@ class Experts:
     """
 
     def __init__(
-        self, high: Expert, low: Expert | None = None, boundary: float = 0.875, step_cache: StepCache | None = None
+        self,
+        high: Expert,
+        low: Expert | None = None,
+        boundary: float = 0.875,
+        step_cache: StepCache | None = None,
     ) -> None:
         if not 0.0 <= boundary <= 1.0:
-            raise ArgumentError(f"boundary is {boundary}; give 0 to 1 (0.875 for T2V-A14B, 0.9 for I2V-A14B).")
+            raise ArgumentError(
+                f"boundary is {boundary}; give 0 to 1 (0.875 for T2V-A14B, 0.9 for I2V-A14B)."
+            )
         self.high, self.low, self.boundary, self.step_cache = high, low, boundary, step_cache
         self._branches: dict[tuple[bool, int], tuple[Conditions, Branch]] = {}
 

@@ -9,9 +9,14 @@ from diffsynth.denoising.expert import Experts
 
 
 def guided(
-    experts: Experts, latents: Tensor, timestep: Tensor, positive: Conditions, negative: Conditions, scale: float
+    experts: Experts,
+    latents: Tensor,
+    timestep: Tensor,
+    positive: Conditions,
+    negative: Conditions,
+    scale: float,
 ) -> Tensor:
-    """negative + scale (positive - negative), float32; at scale 1 the negative side is not asked."""
+    """Negative + scale (positive - negative), float32; at scale 1 the negative side is not asked."""
     if scale == 1.0:
         return experts(latents, timestep, [positive])[0]
     toward, away = experts(latents, timestep, [positive, negative])

@@ -16,7 +16,9 @@ from diffsynth.errors import NotFiniteError
 from diffsynth.sampling.sampler import Sampler
 
 ProgressBar = Callable[[Iterable[Any]], Iterable[Any]]
-OnStep = Callable[[int, Tensor, Tensor], "Tensor | None"]  # step, timestep, latents -> latents, or None: stop here
+OnStep = Callable[
+    [int, Tensor, Tensor], "Tensor | None"
+]  # step, timestep, latents -> latents, or None: stop here
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,9 @@ class AttentionKernel(Protocol):
     ) -> Tensor: ...
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """softmax(q k^T scale + bias) v; ``scale`` defaults to 1 / sqrt(d)."""
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias, scale=scale

@@ -53,25 +53,32 @@ def pieces(span: Span, row_bytes: int, device: torch.device) -> list[Span]:
     return [Span(cut, span.row[cut.start - start : cut.stop - start]) for cut in cuts]
 
 
-def _walk(x: Tensor, spans: tuple[Span, ...], work: Callable[[Tensor, Span], Tensor], out: Tensor | None) -> Tensor:
+def _walk(
+    x: Tensor, spans: tuple[Span, ...], work: Callable[[Tensor, Span], Tensor], out: Tensor | None
+) -> Tensor:
     """Apply ``work`` piece by piece along dim 1 and write to ``out``, or collect the results for autograd."""
-    row_bytes = 4 * x.shape[0] * x[0, 0].numel()
-    todo = [piece for span in spans for piece in pieces(span, row_bytes, x.device)]
     if out is None:
-        done = [work(x[:, p.tokens], p).to(x.dtype) for p in todo]
+        done = [work(x[:, span.tokens], span).to(x.dtype) for span in spans]
         return torch.cat(done, dim=1) if len(done) > 1 else done[0]
-    for p in todo:
+    row_bytes = 4 * x.shape[0] * x[0, 0].numel()
+    for p in (piece for span in spans for piece in pieces(span, row_bytes, x.device)):
         out[:, p.tokens] = work(x[:, p.tokens], p)
     return out
 
 
-def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, spans: tuple[Span, ...], eps: float) -> Tensor:
+def modulated_layer_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, spans: tuple[Span, ...], eps: float
+) -> Tensor:
     """LayerNorm(x) (1 + scale) + shift; x (B, L, D), shift and scale (B, K, D) float32; returns x's dtype."""
     width = x.shape[-1:]
 
     def work(part: Tensor, span: Span) -> Tensor:
         gain, bias = 1 + span.of(scale), span.of(shift)
-        if part.shape[0] == 1 and gain.shape[1] == 1 and (part.dtype == torch.float32 or part.device.type == "cpu"):
+        if (
+            part.shape[0] == 1
+            and gain.shape[1] == 1
+            and (part.dtype == torch.float32 or part.device.type == "cpu")
+        ):
             # One row of modulation serves all: it is the norm's own gain and bias, one fused kernel.
             return F.layer_norm(part, width, gain.flatten(), bias.flatten(), eps)
         return torch.addcmul(bias, F.layer_norm(part.float(), width, eps=eps), gain)
@@ -80,7 +87,7 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, spans: tuple[S
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, spans: tuple[Span, ...]) -> Tensor:
-    """x + y gate, gate (B, K, D) float32. Changes x outside of training."""
+    """X + y gate, gate (B, K, D) float32. Changes x outside of training."""
 
     def work(part: Tensor, span: Span) -> Tensor:
         return torch.addcmul(part.float(), y[:, span.tokens].float(), span.of(gate))
@@ -89,12 +96,12 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, spans: tuple[Span, ...]) -> Te
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """x + y. Changes x outside of training."""
+    """X + y. Changes x outside of training."""
     return x + y if torch.is_grad_enabled() else x.add_(y)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean of squares + eps) x weight over the last dim, in float32; float32 result."""
+    """X / sqrt(mean of squares + eps) x weight over the last dim, in float32; float32 result."""
     x = x.float()
     scaled = x * torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
     return scaled if weight is None else scaled * weight.float()
@@ -126,7 +133,7 @@ def rms_norm_heads(
 
     if weight is not None or rotation is not None:
         x = _walk(x, spans_of(None, x.shape[1]), work, None if torch.is_grad_enabled() else x)
-    return x.unflatten(2, (num_heads, -1))
+    return x.view(*x.shape[:2], num_heads, -1)
 
 
 def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -32,7 +32,10 @@ def axis_rotation(positions: Tensor, size: int) -> Tensor:
 
 
 def grid_rotation(
-    frames: Sequence[float] | Tensor, rows: Sequence[float] | Tensor, columns: Sequence[float] | Tensor, head_dim: int
+    frames: Sequence[float] | Tensor,
+    rows: Sequence[float] | Tensor,
+    columns: Sequence[float] | Tensor,
+    head_dim: int,
 ) -> Tensor:
     """Rotations of every token of a grid, ordered frame by frame, row by row: (L, 1, d / 2, 2) float32."""
     axes = [torch.as_tensor(p, dtype=torch.float64) for p in (frames, rows, columns)]
@@ -49,7 +52,8 @@ def grid_rotation(
 @lru_cache(maxsize=4)
 def video_rotation(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
     """`grid_rotation` of a video that starts at position 0 on each axis; the last few are kept."""
-    return grid_rotation(*(range(n) for n in grid), head_dim=head_dim).to(device)
+    frames, rows, columns = (range(n) for n in grid)
+    return grid_rotation(frames, rows, columns, head_dim).to(device)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -57,5 +61,5 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
     As complex multiplication: one fused pass on every device, against four strided ones with cosine and sine apart.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * torch.view_as_complex(rotation)).flatten(-2).to(x.dtype)

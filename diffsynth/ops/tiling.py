@@ -45,7 +45,9 @@ def tile_starts(length: int, size: int, stride: int) -> list[int]:
         ArgumentError: when ``stride`` is not between 1 and ``size``.
     """
     if not 1 <= stride <= size:
-        raise ArgumentError(f"tile_stride is {stride} with tile_size {size}; give 1 to {size} (half the size is usual).")
+        raise ArgumentError(
+            f"tile_stride is {stride} with tile_size {size}; give 1 to {size} (half the size is usual)."
+        )
     starts = []
     for start in range(0, length, stride):
         if start > 0 and start - stride + size >= length:
@@ -57,7 +59,9 @@ def tile_starts(length: int, size: int, stride: int) -> list[int]:
 def blend_mask(tile: Tile, *, scale: int, device: torch.device | str) -> Tensor:
     """Weights of a tile, (height x scale, width x scale) float32: ramps to neighbours, flat at the picture's edge."""
     rows = _ramp(tile.height, tile.border[0], tile.top > 0, tile.top + tile.height < tile.picture[0], scale)
-    columns = _ramp(tile.width, tile.border[1], tile.left > 0, tile.left + tile.width < tile.picture[1], scale)
+    columns = _ramp(
+        tile.width, tile.border[1], tile.left > 0, tile.left + tile.width < tile.picture[1], scale
+    )
     return torch.minimum(rows[:, None], columns[None, :]).to(device)
 
 

@@ -36,7 +36,9 @@ class PipelineComponents:
     boundary: float = BOUNDARY_T2V
     family: str = "t2v"
     known_words: frozenset[str] = frozenset()
-    generation: dict[str, object] = field(default_factory=dict)  # defaults of pipe() that the checkpoint carries
+    generation: dict[str, object] = field(
+        default_factory=dict
+    )  # defaults of pipe() that the checkpoint carries
     sources: dict[str, str] = field(default_factory=dict)  # part -> file, for describe()
 
     def networks(self) -> dict[str, torch.nn.Module | None]:
@@ -98,10 +100,16 @@ def _pick_dits(manager: ModelManager, wanted: str | Path | Sequence[str | Path] 
     picked = []
     for path in paths:
         resolved = Path(path).expanduser().resolve()
-        hits = [e for e in found if any(resolved == p.resolve() or resolved in p.resolve().parents for p in e.paths)]
+        hits = [
+            e
+            for e in found
+            if any(resolved == p.resolve() or resolved in p.resolve().parents for p in e.paths)
+        ]
         if len(hits) != 1:
             names = ", ".join(_source(e) for e in found) or "none"
-            raise AmbiguousModelError(f"dit={str(path)!r} names {len(hits)} of the loaded DiTs; loaded: {names}.")
+            raise AmbiguousModelError(
+                f"dit={str(path)!r} names {len(hits)} of the loaded DiTs; loaded: {names}."
+            )
         picked += hits
     return picked
 
@@ -143,7 +151,9 @@ def _roles(first: LoadedModel, second: LoadedModel) -> tuple[LoadedModel, Loaded
     if roles in (("low", "high"), ("low", None), (None, "high")):
         return second, first
     if roles[0] is not None:
-        raise AmbiguousModelError(f"Both {names} are {roles[0]}-noise experts; load one of each, or pick one with dit=.")
+        raise AmbiguousModelError(
+            f"Both {names} are {roles[0]}-noise experts; load one of each, or pick one with dit=."
+        )
     logger.warning(
         "Neither path of %s says high_noise or low_noise: the first is taken for high noise, the second for low. "
         "Say it with from_model_manager(manager, dit=[HIGH, LOW]).",

@@ -27,7 +27,9 @@ def describe(parts: PipelineComponents, precision: str) -> str:
         lines.append(f"  two experts, the low-noise one below timestep {parts.boundary * 1000:g}")
     lines.append("  inputs: " + ", ".join(sorted(CONDITIONERS)))
     if parts.generation:
-        lines.append("  defaults from the checkpoint: " + ", ".join(f"{k}={v}" for k, v in parts.generation.items()))
+        lines.append(
+            "  defaults from the checkpoint: " + ", ".join(f"{k}={v}" for k, v in parts.generation.items())
+        )
     return "\n".join(lines)
 
 

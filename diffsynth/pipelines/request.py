@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,16 +38,22 @@ class CallOptions:
     rand_device: str = "cpu"  # where noise is drawn: "cpu" gives the same video on every machine
     num_inference_steps: int | None = None
     sampler: str | None = None  # "euler", "unipc" or "dpm++"
-    sigma_shift: float | None = None  # how far noise levels lean to the noisy end: 1 is even, 3 to 12 are usual
-    sigmas: Sequence[float] | Tensor | None = None  # noise levels, falling, without the final 0; replaces steps and shift
+    sigma_shift: float | None = (
+        None  # how far noise levels lean to the noisy end: 1 is even, 3 to 12 are usual
+    )
+    sigmas: Sequence[float] | Tensor | None = (
+        None  # noise levels, falling, without the final 0; replaces steps and shift
+    )
     timesteps: Sequence[float] | Tensor | None = None  # what the network is told at each of ``sigmas``
     latents: Tensor | None = None  # initial noise (B, C, F, H, W) float32; replaces the seed
-    switch_DiT_boundary: float | None = None  # noqa: N815 (v1's name) share of 1000 where the low-noise expert takes over
+    switch_DiT_boundary: float | None = None
     tiled: bool | None = None  # code the VAE in tiles; None: only when the whole picture does not fit
     tile_size: tuple[int, int] | None = None  # height and width in latent positions
     tile_stride: tuple[int, int] | None = None
     output_type: Literal["pil", "pt", "np", "latent"] = "pil"
-    callback_on_step_end: Callable[..., Mapping[str, Tensor] | None] | None = None  # (pipe, step, timestep, tensors)
+    callback_on_step_end: Callable[..., Mapping[str, Tensor] | None] | None = (
+        None  # (pipe, step, timestep, tensors)
+    )
     step_cache: StepCache | None = None  # may answer instead of the blocks
     strict: bool = False  # raise instead of snapping sizes
     progress_bar_cmd: ProgressBar = tqdm  # wraps the timesteps
@@ -76,8 +81,14 @@ UNREAD: dict[str, tuple[tuple[object, ...], str]] = {
     "vace_reference_image": ((None,), "a VACE model"),
     "vace_scale": ((None, 1.0), "a VACE model"),
     "motion_bucket_id": ((None,), "the speed-control model"),
-    "tea_cache_l1_thresh": ((None,), "a step cache by name, which this version lacks; step_cache= takes an object"),
-    "tea_cache_model_id": ((None, ""), "a step cache by name, which this version lacks; step_cache= takes an object"),
+    "tea_cache_l1_thresh": (
+        (None,),
+        "a step cache by name, which this version lacks; step_cache= takes an object",
+    ),
+    "tea_cache_model_id": (
+        (None, ""),
+        "a step cache by name, which this version lacks; step_cache= takes an object",
+    ),
 }
 
 
@@ -128,7 +139,11 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
     """
     given = _known_only(arguments)
     _check_grid(given)
-    resolved = {**V1_DEFAULTS, **OFFICIAL_DEFAULTS.get((parts.family, parts.low is not None), {}), **parts.generation}
+    resolved = {
+        **V1_DEFAULTS,
+        **OFFICIAL_DEFAULTS.get((parts.family, parts.low is not None), {}),
+        **parts.generation,
+    }
     resolved = {k: v for k, v in resolved.items() if k in known_arguments()}
     resolved.update({k: v for k, v in given.items() if v is not None})
     options = _tiling(read_inputs(CallOptions, resolved), precision)
@@ -147,7 +162,9 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
             inputs[name] = own
     is_list = text.prompt_embeds is None and not isinstance(text.prompt, str)
     return VideoRequest(
-        options=replace(options, height=geometry.height, width=geometry.width, num_frames=geometry.num_frames),
+        options=replace(
+            options, height=geometry.height, width=geometry.width, num_frames=geometry.num_frames
+        ),
         inputs=inputs,
         geometry=geometry,
         num_videos=num_videos,
@@ -155,7 +172,14 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
         cfg_scale=text.cfg_scale,
         cfg_scale_low_noise=text.cfg_scale if text.cfg_scale_low_noise is None else text.cfg_scale_low_noise,
         denoising_strength=float(str(resolved.get("denoising_strength", 1.0))),
-        settings=_plain({**resolved, "height": geometry.height, "width": geometry.width, "num_frames": geometry.num_frames}),
+        settings=_plain(
+            {
+                **resolved,
+                "height": geometry.height,
+                "width": geometry.width,
+                "num_frames": geometry.num_frames,
+            }
+        ),
     )
 
 
@@ -177,7 +201,9 @@ def _known_only(arguments: Mapping[str, object]) -> dict[str, object]:
 def _check_grid(given: Mapping[str, object]) -> None:
     if given.get("sigmas") is None:
         if given.get("timesteps") is not None:
-            raise ArgumentError("timesteps= was given without sigmas=; it tells the network what to read at each of them.")
+            raise ArgumentError(
+                "timesteps= was given without sigmas=; it tells the network what to read at each of them."
+            )
         return
     replaced = [n for n in ("num_inference_steps", "sigma_shift") if given.get(n) is not None]
     if given.get("denoising_strength") not in (None, 1.0):
@@ -203,13 +229,19 @@ def _check_options(options: CallOptions, resolved: Mapping[str, object]) -> None
 def _tiling(options: CallOptions, precision: str) -> CallOptions:
     tiled = (precision == "v1") if options.tiled is None else options.tiled
     size = options.tile_size or V1_TILE_SIZE
-    stride = options.tile_stride or (V1_TILE_STRIDE if options.tile_size is None else (max(1, size[0] // 2), max(1, size[1] // 2)))
+    stride = options.tile_stride or (
+        V1_TILE_STRIDE if options.tile_size is None else (max(1, size[0] // 2), max(1, size[1] // 2))
+    )
     for name, pair in (("tile_size", size), ("tile_stride", stride)):
         if len(pair) != 2 or min(pair) < 1:
-            raise ArgumentError(f"{name} is {pair}; give height and width in latent positions, such as {V1_TILE_SIZE}.")
+            raise ArgumentError(
+                f"{name} is {pair}; give height and width in latent positions, such as {V1_TILE_SIZE}."
+            )
     if any(s > t for s, t in zip(stride, size, strict=True)):
-        raise ArgumentError(f"tile_stride {stride} is larger than tile_size {size}: parts of the picture would be left out.")
-    return replace(options, tiled=tiled, tile_size=tuple(size), tile_stride=tuple(stride))
+        raise ArgumentError(
+            f"tile_stride {stride} is larger than tile_size {size}: parts of the picture would be left out."
+        )
+    return replace(options, tiled=tiled, tile_size=(size[0], size[1]), tile_stride=(stride[0], stride[1]))
 
 
 def _geometry(options: CallOptions, parts: PipelineComponents, num_videos: int) -> Geometry:
@@ -250,7 +282,7 @@ def _snapped_frames(value: int | None, strict: bool) -> int:
 
 def _plain(values: Mapping[str, object]) -> dict[str, object]:
     """Only what reads as text later: numbers, strings and lists of them."""
-    kept = {}
+    kept: dict[str, object] = {}
     for name, value in values.items():
         if isinstance(value, (str, int, float)) or (
             isinstance(value, (list, tuple)) and all(isinstance(v, (str, int, float)) for v in value)

@@ -77,10 +77,14 @@ class WanVideoPipeline:
             precision: see the class.
         """
         if use_usp:
-            raise ArgumentError("use_usp=True: several GPUs for one video are not in this version; leave it out.")
+            raise ArgumentError(
+                "use_usp=True: several GPUs for one video are not in this version; leave it out."
+            )
         place = torch.device(model_manager.device if device is None else device)
         if place.type == "cuda" and not torch.cuda.is_available():
-            raise ArgumentError(f"device is {str(place)!r} but this machine has no usable CUDA GPU; give device='cpu'.")
+            raise ArgumentError(
+                f"device is {str(place)!r} but this machine has no usable CUDA GPU; give device='cpu'."
+            )
         dtype = torch_dtype or model_manager.torch_dtype or torch.float32
         parts = collect(model_manager, device=place, dtype=dtype, dit=dit, tokenizer_path=tokenizer_path)
         return cls(parts, precision)
@@ -113,7 +117,9 @@ class WanVideoPipeline:
 
             path = cast("list[str | Path]", download_models([str(path)]))
         elif is_id:
-            raise ArgumentError(f"{path!r} is no folder here; if it is an id on a hub, allow the download with download=True.")
+            raise ArgumentError(
+                f"{path!r} is no folder here; if it is an id on a hub, allow the download with download=True."
+            )
         manager.load_models(path)
         return cls.from_model_manager(manager, tokenizer_path=tokenizer_path, precision=precision)
 
@@ -169,9 +175,13 @@ class WanVideoPipeline:
             MissingModelError: when a network is needed that is not loaded.
             NotFiniteError: when latents become NaN; says at which step.
         """
-        request = read_request({"prompt": prompt, "negative_prompt": negative_prompt, **arguments}, self.parts, self.precision)
+        request = read_request(
+            {"prompt": prompt, "negative_prompt": negative_prompt, **arguments}, self.parts, self.precision
+        )
         if self.parts.high is None:
-            raise MissingModelError("No DiT is loaded; load one (Wan2.1-T2V-1.3B's diffusion_pytorch_model.safetensors).")
+            raise MissingModelError(
+                "No DiT is loaded; load one (Wan2.1-T2V-1.3B's diffusion_pytorch_model.safetensors)."
+            )
         if self.parts.vae is None and request.options.output_type != "latent":
             raise MissingModelError("No VAE is loaded; load Wan2.1_VAE.pth, or ask for output_type='latent'.")
         sampler = _prepared_sampler(request)
@@ -229,33 +239,28 @@ class WanVideoPipeline:
         return on_step
 
     def _decode(self, request: VideoRequest, latents: Tensor) -> Videos:
-        options = request.options
-        videos = []
         with self._residency.use("vae"):
-            for one in latents.split(1):
-                video = self._decode_one(one, request)
-                if options.output_type in ("pt", "np"):
-                    videos.append(video.add_(1).div_(2).clamp_(0, 1).transpose(1, 2).cpu())
-                else:
-                    rounding: Literal["round", "truncate"] = "truncate" if self.precision == "v1" else "round"
-                    videos.append(to_pil(tensor_to_frames(video, rounding)))
-        if options.output_type in ("pt", "np"):
-            stacked = torch.cat(videos)
-            return stacked if options.output_type == "pt" else stacked.movedim(2, -1).numpy()
-        return videos if request.is_batch else videos[0]
+            decoded = (self._decode_one(one, request) for one in torch.split(latents, 1))
+            if request.options.output_type == "pil":
+                rounding: Literal["round", "truncate"] = "truncate" if self.precision == "v1" else "round"
+                videos = [to_pil(tensor_to_frames(video, rounding)) for video in decoded]
+                return videos if request.is_batch else videos[0]
+            stacked = torch.cat([video.add_(1).div_(2).transpose(1, 2).cpu() for video in decoded])
+        return stacked if request.options.output_type == "pt" else stacked.movedim(2, -1).numpy()
 
     def _decode_one(self, latents: Tensor, request: VideoRequest) -> Tensor:
         """(1, C, F, H, W) -> (1, 3, F, H, W) float32 in [-1, 1]."""
         assert self.parts.vae is not None
         vae, options = self.parts.vae, request.options
-        tiles = {"tile_size": options.tile_size, "tile_stride": options.tile_stride}
-        if options.tiled:
-            return vae.decode(latents, **tiles).clamp_(-1, 1)
-        try:
-            return vae.decode(latents).clamp_(-1, 1)
-        except torch.OutOfMemoryError:
-            logger.warning("Out of memory while decoding the whole picture; decoding in tiles of %s.", options.tile_size)
-        return vae.decode(latents, **tiles).clamp_(-1, 1)
+        if not options.tiled:
+            try:
+                return vae.decode(latents).clamp_(-1, 1)
+            except torch.OutOfMemoryError:
+                logger.warning(
+                    "Out of memory while decoding the whole picture; decoding in tiles of %s.",
+                    options.tile_size,
+                )
+        return vae.decode(latents, tile_size=options.tile_size, tile_stride=options.tile_stride).clamp_(-1, 1)
 
 
 WanVideoPipeline.__call__.__signature__ = call_signature()  # type: ignore[attr-defined]
@@ -277,9 +282,13 @@ def _draw_noise(request: VideoRequest) -> tuple[Tensor, int | None]:
     options, shape = request.options, request.geometry.latent_shape
     if options.latents is not None:
         if options.seed is not None:
-            raise ArgumentError("seed and latents are both given; latents are the noise that a seed would draw.")
+            raise ArgumentError(
+                "seed and latents are both given; latents are the noise that a seed would draw."
+            )
         if tuple(options.latents.shape) != shape:
-            raise ArgumentError(f"latents have shape {tuple(options.latents.shape)}; this request needs {shape}.")
+            raise ArgumentError(
+                f"latents have shape {tuple(options.latents.shape)}; this request needs {shape}."
+            )
         return options.latents.float(), None
     seed = options.seed
     if seed is None:

@@ -16,7 +16,11 @@ from diffsynth.models.wan.text_encoder import TextEncoderConfig
 from diffsynth.models.wan.vae import LATENT_MEAN, LATENT_STD, WanVideoVAE
 from diffsynth.tiny.grammar import known_words
 
-VAE_FILE, TEXT_FILE, DIT_FILE = "Wan_tiny_VAE.safetensors", "models_t5_tiny.safetensors", "diffusion_pytorch_model.safetensors"
+VAE_FILE, TEXT_FILE, DIT_FILE = (
+    "Wan_tiny_VAE.safetensors",
+    "models_t5_tiny.safetensors",
+    "diffusion_pytorch_model.safetensors",
+)
 GENERATION = {
     "height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "cfg_scale": 4.0, "sigma_shift": 3.0,
     "sampler": "unipc", "fps": 8,
@@ -47,7 +51,9 @@ def fold_statistics(vae: WanVideoVAE, mean: Tensor, std: Tensor) -> None:
 def write(network: nn.Module, path: Path, config: Mapping[str, object], **more: object) -> None:
     """bfloat16 weights; ``config`` and ``more`` as JSON in the metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in network.state_dict().items()}
+    tensors = {
+        name: value.detach().to(torch.bfloat16).contiguous() for name, value in network.state_dict().items()
+    }
     metadata = {"format": "pt", "config": json.dumps(config)}
     metadata.update({k: v if isinstance(v, str) else json.dumps(v) for k, v in more.items()})
     save_file(tensors, path, metadata)

@@ -36,7 +36,9 @@ class Muon(torch.optim.Optimizer):
         adam_lr: step of the rest.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, adam_lr: float, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, adam_lr: float, weight_decay: float = 0.0
+    ) -> None:
         everything = list(parameters)
         groups = [
             {"params": [p for p in everything if p.ndim >= 2 and min(p.shape[0], p.numel() // p.shape[0]) > 1], "muon": True, "lr": lr},

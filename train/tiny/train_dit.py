@@ -26,7 +26,15 @@ from train.tiny.muon import Muon
 from train.tiny.state import Run, cosine, save_whole
 
 DIT = DiTConfig(
-    dim=160, in_dim=16, out_dim=16, ffn_dim=448, num_layers=6, num_heads=4, freq_dim=64, text_dim=128, text_len=64
+    dim=160,
+    in_dim=16,
+    out_dim=16,
+    ffn_dim=448,
+    num_layers=6,
+    num_heads=4,
+    freq_dim=64,
+    text_dim=128,
+    text_len=64,
 )
 TEXT = {"dim": 128, "dim_attn": 128, "dim_ffn": 256, "num_heads": 4, "num_layers": 3}
 CLIPS = {17: 12000, 9: 2000, 25: 2000, 5: 1500, 1: 500}  # encoded once, by number of frames
@@ -48,7 +56,10 @@ class Clips:
                 started = time.monotonic()
                 self.latents[num_frames] = _encode(vae, self.scenes[num_frames], num_frames)
                 save_whole(dict(self.latents), path)  # type: ignore[arg-type]
-                print(f"{count} clips of {num_frames} frames encoded in {time.monotonic() - started:.0f} s", flush=True)
+                print(
+                    f"{count} clips of {num_frames} frames encoded in {time.monotonic() - started:.0f} s",
+                    flush=True,
+                )
 
     def batch(self, rng: random.Random) -> tuple[Tensor, list[str]]:
         """Latents (B, C, F, h, w) float32 and their captions."""
@@ -74,12 +85,18 @@ def encode_text(encoder: WanTextEncoder, tokenizer: Tokenizer, texts: list[str])
     """Features (B, tokens, D), zero where a text has ended."""
     ids, mask = tokenizer.batch(texts)
     features = encoder(ids, mask)
-    return pad_sequence([row[: int(m.sum())] for row, m in zip(features, mask, strict=True)], batch_first=True)
+    return pad_sequence(
+        [row[: int(m.sum())] for row, m in zip(features, mask, strict=True)], batch_first=True
+    )
 
 
-def flow_loss(dit: WanDiT, encoder: WanTextEncoder, tokenizer: Tokenizer, latents: Tensor, texts: list[str]) -> Tensor:
+def flow_loss(
+    dit: WanDiT, encoder: WanTextEncoder, tokenizer: Tokenizer, latents: Tensor, texts: list[str]
+) -> Tensor:
     """Mean squared error of the velocity at one random noise level per clip."""
-    even = (torch.arange(len(latents)) + torch.rand(len(latents))) / len(latents)  # one per stratum: less noise
+    even = (torch.arange(len(latents)) + torch.rand(len(latents))) / len(
+        latents
+    )  # one per stratum: less noise
     sigma = SHIFT * even / (1 + (SHIFT - 1) * even)
     sigma = sigma[torch.randperm(len(sigma))]
     noise = torch.randn_like(latents)
@@ -94,7 +111,11 @@ def train(out: Path, weights: Path, minutes: float, seed: int) -> None:
     from train.tiny.export import VAE_FILE
 
     torch.manual_seed(seed)
-    vae = ModelManager(torch_dtype=torch.float32, device="cpu").load_models([weights / VAE_FILE]).fetch_model("wan_video_vae")
+    vae = (
+        ModelManager(torch_dtype=torch.float32, device="cpu")
+        .load_models([weights / VAE_FILE])
+        .fetch_model("wan_video_vae")
+    )
     assert isinstance(vae, WanVideoVAE)
     clips = Clips(vae, out / "latents.pt", seed)
     tokenizer = Tokenizer(find_tokenizer(tiny_folder() / "x"))

@@ -86,7 +86,10 @@ def train(out: Path, weights: Path, minutes: float, seed: int) -> None:
         if run.step % 200 == 0:
             mean, recent = sum(recent) / len(recent), []
             quality = {n: round(psnr(vae, n, 4), 1) for n in ((17,) if run.step % 2000 else (1, 9, 17, 25))}
-            print(f"step {run.step} {elapsed / 60:.1f} min loss {mean:.4f} deviation {latents.std():.2f} dB {quality}", flush=True)
+            print(
+                f"step {run.step} {elapsed / 60:.1f} min loss {mean:.4f} deviation {latents.std():.2f} dB {quality}",
+                flush=True,
+            )
             if not math.isfinite(mean):
                 raise SystemExit("the loss is not finite; start again with another seed")
         run.advance(lambda text: print(text, flush=True))
@@ -107,7 +110,11 @@ def export(run: Run, weights: Path) -> None:
                              for n in range(4)])  # fmt: skip
     fold_statistics(vae, latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4)))
     write_vae(vae, weights)
-    print("held out, averaged weights, dB:", {n: round(psnr(vae, n, 32), 2) for n in (1, 5, 9, 17, 25)}, flush=True)
+    print(
+        "held out, averaged weights, dB:",
+        {n: round(psnr(vae, n, 32), 2) for n in (1, 5, 9, 17, 25)},
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -118,12 +118,14 @@ class DiTBlock(nn.Module):
         self.cross_attn = CrossAttention(sizes)
         self.norm3 = nn.LayerNorm(sizes.dim, eps=sizes.eps) if sizes.cross_attn_norm else nn.Identity()
         self.ffn = nn.Sequential(
-            nn.Linear(sizes.dim, sizes.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(sizes.ffn_dim, sizes.dim)
+            nn.Linear(sizes.dim, sizes.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(sizes.ffn_dim, sizes.dim),
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, sizes.dim) / sizes.dim**0.5)
 
     def forward(self, x: Tensor, rotation: Tensor, keys: CrossKeys, call: Call) -> Tensor:
-        """x (B, L, D) -> (B, L, D)."""
+        """X (B, L, D) -> (B, L, D)."""
         rows = self.modulation.float() + call.t_mod  # (B, K, 6, D)
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = rows.unbind(2)
         eps, spans = self.sizes.eps, call.spans
@@ -131,7 +133,9 @@ class DiTBlock(nn.Module):
         x = gated_add(x, y, gate_sa, spans)
         del y
         x = add(x, self.cross_attn(self.norm3(x), keys, call.attention))
-        y = self._feed_forward(modulated_layer_norm(x, shift_ffn, scale_ffn, spans, eps), call.ffn_chunk_tokens)
+        y = self._feed_forward(
+            modulated_layer_norm(x, shift_ffn, scale_ffn, spans, eps), call.ffn_chunk_tokens
+        )
         return gated_add(x, y, gate_ffn, spans)
 
     def _feed_forward(self, x: Tensor, chunk_tokens: int) -> Tensor:
@@ -139,6 +143,6 @@ class DiTBlock(nn.Module):
         if torch.is_grad_enabled():
             return fall(F.gelu(rise(x), approximate="tanh"))  # type: ignore[no-any-return]
         # The hidden layer is 2.7 to 5.8 times as wide as the stream: some tokens at a time, and over its own input.
-        for part in x.split(chunk_tokens, dim=1):
+        for part in torch.split(x, chunk_tokens, dim=1):
             part.copy_(fall(torch.ops.aten.gelu_(rise(part), approximate="tanh")))
         return x

@@ -10,9 +10,9 @@ D width, K distinct times of a call. Source: Wan2.1 and Wan2.2 ``wan/modules/mod
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,9 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
-            raise ConfigurationError(f"dim {self.dim} does not split into {self.num_heads} heads of an even size.")
+            raise ConfigurationError(
+                f"dim {self.dim} does not split into {self.num_heads} heads of an even size."
+            )
 
     @property
     def planes(self) -> dict[str, int]:
@@ -74,7 +76,9 @@ def plane_channels(in_dim: int, out_dim: int) -> dict[str, int]:
         2 * z + MASK_CHANNELS: ("control", "mask", "image"),
     }
     if extra not in known:
-        raise ConfigurationError(f"in_dim {in_dim} with out_dim {out_dim}: no known planes have {extra} channels.")
+        raise ConfigurationError(
+            f"in_dim {in_dim} with out_dim {out_dim}: no known planes have {extra} channels."
+        )
     return {name: MASK_CHANNELS if name == "mask" else z for name in known[extra]}
 
 
@@ -97,7 +101,9 @@ class Branch:
     planes: Tensor | None  # (B, in_dim - out_dim, F, H, W)
     adapters: tuple[tuple[DiTAdapter, object], ...]  # those that have an input, with it
     key: str = "positive"  # names this branch's memory in a step cache
-    keys: dict[int, CrossKeys] = field(default_factory=dict)  # cross-attention keys by block, filled by the first call
+    keys: dict[int, CrossKeys] = field(
+        default_factory=dict
+    )  # cross-attention keys by block, filled by the first call
 
 
 @dataclass(kw_only=True)
@@ -119,7 +125,11 @@ class ImageEmbedding(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, num_positions: int | None) -> None:
         super().__init__()
         self.proj = nn.Sequential(
-            nn.LayerNorm(in_dim), nn.Linear(in_dim, in_dim), nn.GELU(), nn.Linear(in_dim, out_dim), nn.LayerNorm(out_dim)
+            nn.LayerNorm(in_dim),
+            nn.Linear(in_dim, in_dim),
+            nn.GELU(),
+            nn.Linear(in_dim, out_dim),
+            nn.LayerNorm(out_dim),
         )
         if num_positions is not None:
             self.emb_pos = nn.Parameter(torch.zeros(1, num_positions, in_dim))
@@ -140,7 +150,7 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
     def forward(self, x: Tensor, embedded_time: Tensor, clock: Tensor | None) -> Tensor:
-        """x (B, L, D), embedded_time (B, K, D) -> (B, L, out_channels) float32."""
+        """X (B, L, D), embedded_time (B, K, D) -> (B, L, out_channels) float32."""
         shift, scale = (self.modulation.float()[:, None] + embedded_time[:, :, None]).unbind(2)
         y = modulated_layer_norm(x.float(), shift, scale, spans_of(clock, x.shape[1]), self.eps)
         return linear_float32(y, self.head.weight, self.head.bias)
@@ -190,7 +200,9 @@ class WanDiT(nn.Module):
         """Where the blocks compute."""
         return self.patch_embedding.weight.device
 
-    def prepare(self, conditions: Conditions, adapters: Sequence[DiTAdapter] = (), key: str = "positive") -> Branch:
+    def prepare(
+        self, conditions: Conditions, adapters: Sequence[DiTAdapter] = (), key: str = "positive"
+    ) -> Branch:
         """Embed one side of the guidance, once per generation.
 
         Args:
@@ -211,7 +223,9 @@ class WanDiT(nn.Module):
             text=replace(text, x=self.text_embedding(text.x)),
             image=image,
             planes=self._join_planes(conditions.planes),
-            adapters=tuple((a, conditions.adapters[a.name]) for a in adapters if a.name in conditions.adapters),
+            adapters=tuple(
+                (a, conditions.adapters[a.name]) for a in adapters if a.name in conditions.adapters
+            ),
             key=key,
         )
 
@@ -234,7 +248,7 @@ class WanDiT(nn.Module):
         passes = [self._enter(latents, branch, grid, times, clock, t_mod) for branch in branches]
         for one in passes:
             self._ask_cache(one, cache)
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(cast("Iterable[DiTBlock]", self.blocks)):
             for one in passes:
                 if not one.is_cached:
                     one.x = block(one.x, one.stream.rotary, self._keys(index, block, one.branch), one.call)
@@ -247,34 +261,47 @@ class WanDiT(nn.Module):
 
     def _grid(self, latents: Tensor) -> tuple[int, int, int]:
         if latents.ndim != 5 or latents.shape[1] != self.config.out_dim:
-            raise ArgumentError(f"latents have shape {tuple(latents.shape)}; expected (B, {self.config.out_dim}, F, H, W).")
+            raise ArgumentError(
+                f"latents have shape {tuple(latents.shape)}; expected (B, {self.config.out_dim}, F, H, W)."
+            )
         sizes = [divmod(n, p) for n, p in zip(latents.shape[2:], self.config.patch_size, strict=True)]
         if any(rest for _, rest in sizes):
-            raise ArgumentError(f"latents of {tuple(latents.shape[2:])} do not divide by the patch {self.config.patch_size}.")
+            raise ArgumentError(
+                f"latents of {tuple(latents.shape[2:])} do not divide by the patch {self.config.patch_size}."
+            )
         return sizes[0][0], sizes[1][0], sizes[2][0]
 
     def _embed_time(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """times (B, K) -> embedding (B, K, D) and modulation (B, K, 6, D), both float32."""
+        """Times (B, K) -> embedding (B, K, D) and modulation (B, K, 6, D), both float32."""
         half = self.config.freq_dim // 2
         # float64 on the CPU: near t = 1000 float32 angles are already off by 6e-5.
         angles = times[..., None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).float().to(self.device)
-        rise, _, fall = self.time_embedding
-        embedded = linear_float32(F.silu(linear_float32(sinusoid, rise.weight, rise.bias)), fall.weight, fall.bias)
-        project = self.time_projection[1]
+        rise, _, fall = cast("tuple[nn.Linear, nn.SiLU, nn.Linear]", tuple(self.time_embedding))
+        embedded = linear_float32(
+            F.silu(linear_float32(sinusoid, rise.weight, rise.bias)), fall.weight, fall.bias
+        )
+        project = cast("nn.Linear", self.time_projection[1])
         # One sixth at a time: the projection is the largest weight that is widened to float32.
         active = F.silu(embedded)
-        parts = [linear_float32(active, w, b) for w, b in zip(project.weight.chunk(6), project.bias.chunk(6), strict=True)]
+        parts = [
+            linear_float32(active, w, b)
+            for w, b in zip(project.weight.chunk(6), project.bias.chunk(6), strict=True)
+        ]
         return embedded, torch.stack(parts, dim=2)
 
     def _join_planes(self, planes: Mapping[str, Tensor]) -> Tensor | None:
         wanted = self.config.planes
         if unknown := set(planes) - set(wanted):
-            raise ArgumentError(f"this DiT has no plane for {', '.join(sorted(unknown))}; it has {sorted(wanted) or 'none'}.")
+            raise ArgumentError(
+                f"this DiT has no plane for {', '.join(sorted(unknown))}; it has {sorted(wanted) or 'none'}."
+            )
         if not wanted:
             return None
         if not planes:
-            raise ArgumentError(f"this DiT reads planes {', '.join(wanted)} beside the noise and none was given.")
+            raise ArgumentError(
+                f"this DiT reads planes {', '.join(wanted)} beside the noise and none was given."
+            )
         shape = next(iter(planes.values())).shape
         parts = [
             planes[name].to(self.device, self.dtype) if name in planes
@@ -284,15 +311,27 @@ class WanDiT(nn.Module):
         return torch.cat(parts, dim=1)
 
     def _enter(
-        self, latents: Tensor, branch: Branch, grid: tuple[int, int, int], times: Tensor, clock: Tensor | None, t_mod: Tensor
+        self,
+        latents: Tensor,
+        branch: Branch,
+        grid: tuple[int, int, int],
+        times: Tensor,
+        clock: Tensor | None,
+        t_mod: Tensor,
     ) -> _Pass:
         for adapter, given in branch.adapters:
             t_mod = adapter.modulate(t_mod, given)
         x = self._embed_patches(latents, branch.planes, grid)
         for adapter, given in branch.adapters:
-            x = adapter.embed(x.transpose(1, 2).unflatten(2, grid), given).flatten(2).transpose(1, 2)
+            x = (
+                adapter.embed(x.transpose(1, 2).reshape(x.shape[0], -1, *grid), given)
+                .flatten(2)
+                .transpose(1, 2)
+            )
         rotary = video_rotation(grid, self.config.dim // self.config.num_heads, self.device)
-        stream = TokenStream(x=x, rotary=rotary, grid=grid, video=slice(0, x.shape[1]), times=times, clock=clock)
+        stream = TokenStream(
+            x=x, rotary=rotary, grid=grid, video=slice(0, x.shape[1]), times=times, clock=clock
+        )
         for adapter, given in branch.adapters:
             stream = adapter.extend(stream, given, self)
         call = Call(
@@ -309,7 +348,11 @@ class WanDiT(nn.Module):
             x = torch.cat([x, planes.expand(x.shape[0], *planes.shape[1:])], dim=1)
         (f, h, w), (pf, ph, pw) = grid, self.config.patch_size
         patches = x.reshape(x.shape[0], x.shape[1], f, pf, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
-        return F.linear(patches.flatten(4).flatten(1, 3), self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        return F.linear(
+            patches.flatten(4).flatten(1, 3),
+            self.patch_embedding.weight.flatten(1),
+            self.patch_embedding.bias,
+        )
 
     def _ask_cache(self, one: _Pass, cache: StepCache | None) -> None:
         if cache is None:
@@ -320,13 +363,13 @@ class WanDiT(nn.Module):
         else:
             one.x, one.is_cached = one.x + change, True
 
-    def _keys(self, index: int, block: nn.Module, branch: Branch) -> CrossKeys:
+    def _keys(self, index: int, block: DiTBlock, branch: Branch) -> CrossKeys:
         if index in branch.keys:
             return branch.keys[index]
-        keys = block.cross_attn.keys(branch.text, branch.image)  # type: ignore[operator, union-attr]
+        keys = block.cross_attn.keys(branch.text, branch.image)
         if not torch.is_grad_enabled():
             branch.keys[index] = keys
-        return keys  # type: ignore[no-any-return]
+        return keys
 
     def _leave(self, one: _Pass, embedded_time: Tensor, clock: Tensor | None) -> Tensor:
         """Tokens of the video -> velocity (B, C, F, H, W) float32."""

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffsynth.ops.attention import attend
@@ -85,7 +84,7 @@ class SelfAttention(nn.Module):
         self.o = nn.Linear(config.dim_attn, config.dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        q, k, v = (layer(x).unflatten(2, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
+        q, k, v = (layer(x).view(*x.shape[:2], self.num_heads, -1) for layer in (self.q, self.k, self.v))
         return self.o(attend(q, k, v, bias=bias, scale=1.0).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -94,7 +93,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
-        self.gate = nn.Sequential(nn.Linear(config.dim, config.dim_ffn, bias=False), nn.GELU(approximate="tanh"))
+        self.gate = nn.Sequential(
+            nn.Linear(config.dim, config.dim_ffn, bias=False), nn.GELU(approximate="tanh")
+        )
         self.fc1 = nn.Linear(config.dim, config.dim_ffn, bias=False)
         self.fc2 = nn.Linear(config.dim_ffn, config.dim, bias=False)
 
@@ -114,7 +115,7 @@ class TextEncoderLayer(nn.Module):
         self.pos_embedding = RelativePositions(config.num_buckets, config.num_heads)
 
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, L, D); ``mask`` (B, 1, 1, L) holds 0 or the lowest number, or is None."""
+        """X (B, L, D); ``mask`` (B, 1, 1, L) holds 0 or the lowest number, or is None."""
         bias = self.pos_embedding(buckets)
         x = x + self.attn(self.norm1(x), bias if mask is None else bias + mask)
         return x + self.ffn(self.norm2(x))  # type: ignore[no-any-return]

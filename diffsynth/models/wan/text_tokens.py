@@ -41,7 +41,9 @@ def compact_padding(text: Tensor, text_len: int) -> TextTokens:
     if padding <= standins:
         return TextTokens(x=F.pad(text, (0, 0, 0, max(text_len - text.shape[1], 0))), bias=None)
     bias = torch.cat([torch.zeros(used), standin_scores(padding, standins)])
-    return TextTokens(x=F.pad(text[:, :used], (0, 0, 0, standins)), bias=bias.view(1, 1, 1, -1).to(text.device))
+    return TextTokens(
+        x=F.pad(text[:, :used], (0, 0, 0, standins)), bias=bias.view(1, 1, 1, -1).to(text.device)
+    )
 
 
 def standin_scores(padding: int, standins: int) -> Tensor:

@@ -48,7 +48,9 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         if self.z_dim != len(LATENT_MEAN):
-            raise ArgumentError(f"z_dim is {self.z_dim}; the Wan2.1 VAE has {len(LATENT_MEAN)} latent channels.")
+            raise ArgumentError(
+                f"z_dim is {self.z_dim}; the Wan2.1 VAE has {len(LATENT_MEAN)} latent channels."
+            )
 
 
 class Encoder(nn.Module):
@@ -65,7 +67,9 @@ class Encoder(nn.Module):
                 layers.append(Downsample(out_channels, temporal=config.temporal_downsample[level]))
         self.downsamples = nn.ModuleList(layers)
         self.middle = middle_blocks(widths[-1])
-        self.head = nn.ModuleList([RMSNorm(widths[-1]), nn.SiLU(), CausalConv3d(widths[-1], config.z_dim * 2, 3)])
+        self.head = nn.ModuleList(
+            [RMSNorm(widths[-1]), nn.SiLU(), CausalConv3d(widths[-1], config.z_dim * 2, 3)]
+        )
 
     def forward(self, x: Tensor, history: History) -> Tensor:
         return run_levels(x, history, self.conv1, (*self.downsamples, *self.middle), self.head)
@@ -102,7 +106,9 @@ def residual_blocks(in_channels: int, out_channels: int, count: int) -> list[nn.
 
 def middle_blocks(channels: int) -> nn.ModuleList:
     """The blocks at the lowest resolution: the only ones with attention."""
-    return nn.ModuleList([ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)])
+    return nn.ModuleList(
+        [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
+    )
 
 
 def run_levels(
@@ -163,9 +169,16 @@ class WanVideoVAE(nn.Module):
         if tile_size is None:
             latents = torch.cat(list(self._encode_chunks(video, chunk_frames)), dim=2)
         else:
-            tiles = _tiles(video.shape[3] // SPATIAL_STRIDE, video.shape[4] // SPATIAL_STRIDE, tile_size, tile_stride)
-            coded = ((t, torch.cat(list(self._encode_chunks(t.cut(video, SPATIAL_STRIDE), chunk_frames)), dim=2)) for t in tiles)
-            latents = _blend(coded, (video.shape[3] // SPATIAL_STRIDE, video.shape[4] // SPATIAL_STRIDE), scale=1)
+            tiles = _tiles(
+                video.shape[3] // SPATIAL_STRIDE, video.shape[4] // SPATIAL_STRIDE, tile_size, tile_stride
+            )
+            coded = (
+                (t, torch.cat(list(self._encode_chunks(t.cut(video, SPATIAL_STRIDE), chunk_frames)), dim=2))
+                for t in tiles
+            )
+            latents = _blend(
+                coded, (video.shape[3] // SPATIAL_STRIDE, video.shape[4] // SPATIAL_STRIDE), scale=1
+            )
         if normalise:
             mean, std = self._statistics(latents.device)
             latents = (latents - mean) / std
@@ -197,26 +210,40 @@ class WanVideoVAE(nn.Module):
             return torch.cat(list(chunks), dim=2)
         size = (latents.shape[3], latents.shape[4])
         decoded = (
-            (t, torch.cat(list(self.decode_stream(t.cut(latents), normalise=normalise, chunk_latents=chunk_latents)), dim=2))
+            (
+                t,
+                torch.cat(
+                    list(
+                        self.decode_stream(t.cut(latents), normalise=normalise, chunk_latents=chunk_latents)
+                    ),
+                    dim=2,
+                ),
+            )
             for t in _tiles(*size, tile_size, tile_stride)
         )
-        return _blend(decoded, (size[0] * SPATIAL_STRIDE, size[1] * SPATIAL_STRIDE), scale=SPATIAL_STRIDE).clamp_(-1, 1)
+        return _blend(
+            decoded, (size[0] * SPATIAL_STRIDE, size[1] * SPATIAL_STRIDE), scale=SPATIAL_STRIDE
+        ).clamp_(-1, 1)
 
-    def decode_stream(self, latents: Tensor, *, normalise: bool = True, chunk_latents: int = 1) -> Iterator[Tensor]:
+    def decode_stream(
+        self, latents: Tensor, *, normalise: bool = True, chunk_latents: int = 1
+    ) -> Iterator[Tensor]:
         """Yield the video chunk by chunk, (B, 3, f, H, W) float32, not clamped: memory does not grow with its length."""
         if latents.ndim != 5 or latents.shape[1] != self.config.z_dim:
-            raise ArgumentError(f"latents have shape {tuple(latents.shape)}; expected (B, {self.config.z_dim}, T, h, w).")
+            raise ArgumentError(
+                f"latents have shape {tuple(latents.shape)}; expected (B, {self.config.z_dim}, T, h, w)."
+            )
         if normalise:
             mean, std = self._statistics(latents.device)
             latents = latents.float() * std + mean
         history = History()
-        for chunk in latents.split(max(1, chunk_latents), dim=2):
+        for chunk in torch.split(latents, max(1, chunk_latents), dim=2):
             yield self.decoder(self.conv2(self._ready(chunk)), history).float()
 
     def _encode_chunks(self, video: Tensor, chunk_frames: int) -> Iterator[Tensor]:
         history = History()
         step = max(TEMPORAL_STRIDE, chunk_frames // TEMPORAL_STRIDE * TEMPORAL_STRIDE)
-        later = video[:, :, 1:].split(step, dim=2) if video.shape[2] > 1 else ()
+        later = torch.split(video[:, :, 1:], step, dim=2) if video.shape[2] > 1 else ()
         for chunk in (video[:, :, :1], *later):
             moments = self.conv1(self.encoder(self._ready(chunk), history))
             yield moments[:, : self.config.z_dim].float()
@@ -238,13 +265,19 @@ def check_video_shape(video: Tensor) -> None:
     num_frames, height, width = video.shape[2:]
     if num_frames % TEMPORAL_STRIDE != 1:
         kept = (num_frames - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
-        raise ArgumentError(f"video has {num_frames} frames; the VAE codes 4 k + 1. Cut it to {max(kept, 1)}.")
+        raise ArgumentError(
+            f"video has {num_frames} frames; the VAE codes 4 k + 1. Cut it to {max(kept, 1)}."
+        )
     if height % SPATIAL_STRIDE or width % SPATIAL_STRIDE:
-        raise ArgumentError(f"video is {height} x {width} pixels; the VAE needs multiples of {SPATIAL_STRIDE}.")
+        raise ArgumentError(
+            f"video is {height} x {width} pixels; the VAE needs multiples of {SPATIAL_STRIDE}."
+        )
 
 
 def _tiles(height: int, width: int, size: tuple[int, int], stride: tuple[int, int] | None) -> list[Tile]:
-    rows, columns = (tile_starts(n, s, d) for n, s, d in zip((height, width), size, stride or size, strict=True))
+    rows, columns = (
+        tile_starts(n, s, d) for n, s, d in zip((height, width), size, stride or size, strict=True)
+    )
     return [Tile(top=r, left=c, height=min(size[0], height - r), width=min(size[1], width - c),
                  border=(size[0] - (stride or size)[0], size[1] - (stride or size)[1]),
                  picture=(height, width)) for r in rows for c in columns]  # fmt: skip

@@ -72,7 +72,8 @@ class RMSNorm(nn.Module):
         vectors = x.movedim(1, -1)
         length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(1e-12)
         scaled = vectors / length * (self.gamma.flatten() * math.sqrt(x.shape[1]))
-        return scaled.movedim(-1, 1)
+        moved: Tensor = scaled.movedim(-1, 1)
+        return moved
 
 
 class ResidualBlock(nn.Module):
@@ -91,7 +92,9 @@ class ResidualBlock(nn.Module):
                 CausalConv3d(out_channels, out_channels, 3),
             ]
         )
-        self.shortcut = CausalConv3d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.shortcut = (
+            CausalConv3d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        )
 
     def forward(self, x: Tensor, history: History) -> Tensor:
         norm1, act1, conv1, norm2, act2, _, conv2 = self.residual
@@ -128,7 +131,9 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, *, temporal: bool) -> None:
         super().__init__()
-        self.resample = nn.ModuleList([nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2)])
+        self.resample = nn.ModuleList(
+            [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2)]
+        )
         if temporal:
             self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1))
         self.temporal = temporal
@@ -182,4 +187,4 @@ def fold_frames(x: Tensor) -> Tensor:
 
 def unfold_frames(x: Tensor, batch: int) -> Tensor:
     """(B F, C, H, W) -> (B, C, F, H, W)."""
-    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+    return x.view(batch, -1, *x.shape[1:]).transpose(1, 2)
