@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from diffsynth.checkpoints.mapped import DTYPES, SPELLING, FileHeader, StoredTensor
-from diffsynth.errors import CorruptCheckpointError, UnsafeCheckpointError
+from diffsynth.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
 
 MAX_PICKLE_BYTES = 256 << 20  # the pickle of a 14B model has 0.3 MB
 WRAPPERS = ("state_dict", "module", "model_state", "model")  # keys under which trainers keep the weights
@@ -164,7 +164,9 @@ def read_torch_header(path: Path) -> FileHeader:
     try:
         with zipfile.ZipFile(path) as archive:
             pickled, places = _entries(path, archive)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged archive makes zipfile fail in a dozen ways
         raise CorruptCheckpointError(
             f"{path} is no complete torch file ({error}). It was cut off while it was copied or downloaded; "
             "download it again."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import sys
@@ -136,6 +137,25 @@ def test_every_cut_of_a_file_is_noticed(tmp_path: Path) -> None:
             path.write_bytes(whole[:length])
             with pytest.raises(CorruptCheckpointError):
                 Checkpoint.open(path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+def test_any_byte_may_be_wrong(kind: str, tmp_path: Path) -> None:
+    """Whatever is damaged, the answer is a tensor or an error of ours: no crash, no foreign exception."""
+    weights = {"a": torch.randn(5), "b.c": torch.nn.Parameter(torch.randn(2, 2)), "d": torch.zeros(2).half()}
+    path = tmp_path / f"a.{kind}"
+    if kind == "pth":
+        torch.save({"state_dict": weights}, path)
+    else:
+        save_file(weights, path)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for wrong in (0, 0xFF, whole[place] ^ 0x20):
+            path.write_bytes(whole[:place] + bytes([wrong]) + whole[place + 1 :])
+            with contextlib.suppress(CheckpointError):
+                checkpoint = Checkpoint.open(path)
+                for name in checkpoint.shapes:
+                    checkpoint.tensor(name)
 
 
 def test_a_file_that_shrinks_after_opening_is_noticed(tmp_path: Path) -> None:
