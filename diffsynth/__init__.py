@@ -26,8 +26,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "ModelManager", "VideoData", "VideoWriter", "WanVideoPipeline", "download_customized_models", "download_models",
-    "read_metadata", "save_frames", "save_image", "save_video",
+    "ModelManager", "VideoData", "VideoWriter", "WanVideoPipeline", "download_customized_models",
+    "download_models", "read_metadata", "save_frames", "save_image", "save_video",
 ]  # fmt: skip
 
 

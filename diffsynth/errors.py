@@ -1,4 +1,4 @@
-"""Every error a user can cause, one class each: what happened (with the value), what was expected, what to do.
+"""Every error a user can cause: what happened (with the value), what was expected, what to do.
 
 All derive from `DiffSynthError`. Those that mean "a wrong argument" also derive from `ValueError`,
 those about files from `OSError` or `FileNotFoundError`, so that ordinary ``except`` clauses catch them.
@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
 
 
 class DiffSynthError(Exception):
@@ -45,7 +49,9 @@ class TokenizerNotFoundError(DiffSynthError, FileNotFoundError):
     """A text encoder without its tokenizer; says where it was looked for."""
 
     def __init__(self, looked_at: Sequence[str]) -> None:
-        places = "\n  ".join(looked_at) if looked_at else "nowhere: the text encoder was not loaded from a file"
+        places = (
+            "\n  ".join(looked_at) if looked_at else "nowhere: the text encoder was not loaded from a file"
+        )
         super().__init__(
             f"The text encoder needs its tokenizer (spiece.model or tokenizer.json). Looked at:\n  {places}\n"
             "Copy the model's google/umt5-xxl folder beside the text encoder, or pass tokenizer_path=FOLDER."
@@ -84,11 +90,7 @@ class UnknownCheckpointError(CheckpointError, ValueError):
     """A file whose tensors match no row of the registry."""
 
     def __init__(self, path: str, num_tensors: int, nearest: str | None, missing: Sequence[str]) -> None:
-        near = (
-            f"Nearest is {nearest!r}, which also needs {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}. "
-            if nearest
-            else ""
-        )
+        near = f"Nearest is {nearest!r}, which also needs {_some(missing)}. " if nearest else ""
         super().__init__(
             f"{path} holds {num_tensors} tensors that match no known model. {near}If the model is split over "
             "several files, pass them as one inner list: load_models([[part1, part2]]). "
@@ -118,7 +120,7 @@ class IncompleteCheckpointError(CheckpointError, ValueError):
     def __init__(self, path: str, network: str, num_tensors: int, fault: str, names: Sequence[str]) -> None:
         super().__init__(
             f"{path} is {network} with {num_tensors} tensors, but {len(names)} of the file's {fault}: "
-            f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}. If the model is split over several files, give "
+            f"{_some(names)}. If the model is split over several files, give "
             "all of them; otherwise download it again, or export it with all its weights."
         )
         self.names = list(names)

@@ -15,8 +15,10 @@ from diffsynth.pipelines.wan_video import WanVideoPipeline
 from tests.golden import Case
 
 
-def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object] | None = None) -> Path:
-    """One safetensors file; ``config`` goes into config.json in its folder, as the official repositories do."""
+def write_checkpoint(
+    path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object] | None = None
+) -> Path:
+    """One safetensors file; ``config`` goes into config.json in its folder, as officially."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: t.contiguous() for name, t in tensors.items()}, path)
     if config is not None:
@@ -24,7 +26,9 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], config: Mapping[
     return path
 
 
-def load_golden_model(case: Case, model: str, config: Mapping[str, object], folder: Path, name: str) -> torch.nn.Module:
+def load_golden_model(
+    case: Case, model: str, config: Mapping[str, object], folder: Path, name: str
+) -> torch.nn.Module:
     """Write a golden's weights and load them through ModelManager."""
     file = write_checkpoint(folder / model / "model.safetensors", case.weights(model), config)
     network = ModelManager(torch_dtype=None, device="cpu").load_models([file]).fetch_model(name)
@@ -38,6 +42,8 @@ def golden_pipeline(case: Case, folder: Path) -> WanVideoPipeline:
     for model in case.models:
         part = "vae" if model == "vae" else "dit"
         subfolder = {"dit_high": "high_noise_model", "dit_low": "low_noise_model"}.get(model, model)
-        files.append(write_checkpoint(folder / subfolder / "model.safetensors", case.weights(model), case.config[part]))
+        files.append(
+            write_checkpoint(folder / subfolder / "model.safetensors", case.weights(model), case.config[part])
+        )
     manager = ModelManager(torch_dtype=None, device="cpu").load_models(files)
     return WanVideoPipeline.from_model_manager(manager, torch_dtype=torch.float32)

@@ -82,7 +82,7 @@ class Conditioner(Protocol):
     encoder: ClassVar[str | None]  # the one model it needs on the GPU, or None
 
     def applies(self, inputs: Any, parts: Components) -> bool:
-        """Whether there is something to do. Raises when an input is given that the loaded models cannot use."""
+        """Whether there is something to do; raises for an input that the loaded models cannot use."""
         ...
 
     def encode(self, inputs: Any, geometry: Geometry, parts: Components) -> Contribution:

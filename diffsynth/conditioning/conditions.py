@@ -83,7 +83,7 @@ class _Slots:
     def fill(self, slot: str, value: tuple[object, object | None], writer: str) -> None:
         if slot in self._writers:
             raise ArgumentError(
-                f"{self._writers[slot]} and {writer} both want to set {slot!r}; give the inputs of one of them only."
+                f"{self._writers[slot]} and {writer} both set {slot!r}; give the inputs of one of them only."
             )
         self._writers[slot] = writer
         self.values[slot] = value
@@ -97,7 +97,7 @@ class _Slots:
 
 
 def merge(contributions: Mapping[str, Contribution]) -> Merged:
-    """Join what the conditioners said, by conditioner name. The order of conditioners cannot change the result.
+    """Join what the conditioners said, by conditioner name; their order cannot change the result.
 
     Raises:
         ArgumentError: when two conditioners fill one slot, or no one gave a text.

@@ -59,7 +59,8 @@ class Tokenizer:
     """A umT5 vocabulary.
 
     Args:
-        source: ``spiece.model`` (sentencepiece) or ``tokenizer.json`` (tokenizers), or a sentencepiece model's bytes.
+        source: ``spiece.model`` (sentencepiece) or ``tokenizer.json`` (tokenizers), or a sentencepiece
+            model's bytes.
         max_tokens: longer texts are cut; </s> stays.
     """
 
@@ -94,7 +95,7 @@ class Tokenizer:
 
 
 def find_tokenizer(text_encoder_file: Path | None, tokenizer_path: str | Path | None = None) -> Path:
-    """Return the vocabulary file: at ``tokenizer_path`` if given, else in the usual folders beside the text encoder.
+    """Return the vocabulary file: at ``tokenizer_path``, or in the usual folders beside the text encoder.
 
     Raises:
         TokenizerNotFoundError: names every place that was looked at.

@@ -22,7 +22,7 @@ class Expert:
 
 
 class Experts:
-    """One or two experts for the length of one generation; keeps one branch per expert and side of the guidance.
+    """One or two experts, for one generation; keeps one branch per expert and side of the guidance.
 
     Args:
         high: answers at high noise, or everywhere when there is no ``low``.

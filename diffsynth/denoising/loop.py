@@ -29,7 +29,7 @@ class Guidance:
     low: float
 
 
-def denoise(
+def denoise(  # noqa: PLR0913 (a generation has this many parts; each is named by its keyword)
     experts: Experts,
     sampler: Sampler,
     latents: Tensor,
@@ -71,8 +71,9 @@ def denoise(
         latents = plan.pin(sampler.step(velocity, index, latents))
         if not torch.isfinite(latents.sum(dtype=torch.float32)):
             raise NotFiniteError(
-                f"The latents are not finite after step {index + 1} of {len(sampler.timesteps)} (timestep {float(told):g}). "
-                "Usual causes: weights cast to float16 (use bfloat16), a broken LoRA, or a damaged checkpoint."
+                f"The latents are not finite after step {index + 1} of {len(sampler.timesteps)} "
+                f"(timestep {float(told):g}). Usual causes: weights cast to float16 (use bfloat16), "
+                "a broken LoRA, or a damaged checkpoint."
             )
         changed = on_step(index, told, latents)
         if changed is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def spans_of(clock: Tensor | None, num_tokens: int) -> tuple[Span, ...]:
     bounds = [0, *turns.tolist(), num_tokens]
     if len(bounds) - 1 > MAX_RUNS:
         return (Span(slice(0, num_tokens), clock),)
-    return tuple(Span(slice(a, b), int(clock[a])) for a, b in zip(bounds, bounds[1:], strict=False))
+    return tuple(Span(slice(a, b), int(clock[a])) for a, b in pairwise(bounds))
 
 
 def pieces(span: Span, row_bytes: int, device: torch.device) -> list[Span]:
@@ -137,5 +138,5 @@ def rms_norm_heads(
 
 
 def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A Linear layer in float32 whatever the weight's dtype, for the few places where official code insists."""
+    """A Linear layer in float32 whatever the weight's dtype, for the few places that want it."""
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float())

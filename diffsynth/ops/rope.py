@@ -1,8 +1,8 @@
 """Rotary position embedding over time, height and width.
 
 Letters: L tokens, N heads, d size of a head.
-A head's d / 2 pairs (elements 2 j and 2 j + 1 are one complex number) are split into d - 4 (d // 6) elements for
-time and 2 (d // 6) each for height and width: 22, 21 and 21 pairs for d = 128. A pair is turned by
+A head's d / 2 pairs (elements 2 j and 2 j + 1 are one complex number) are split into d - 4 (d // 6) elements
+for time and 2 (d // 6) each for height and width: 22, 21 and 21 pairs for d = 128. A pair is turned by
 position x 10000^(-2 j / size of its part). Angles are computed in float64 once per grid and kept as float32
 cosine and sine: rotating in float32 then stays within 1e-6 of the official complex128 form.
 """
@@ -25,7 +25,7 @@ def axis_sizes(head_dim: int) -> tuple[int, int, int]:
 
 
 def axis_rotation(positions: Tensor, size: int) -> Tensor:
-    """Cosine and sine for one axis: positions (n,) -> (n, size / 2, 2) float32. Negative positions turn back."""
+    """Cosine and sine for one axis: positions (n,), also negative -> (n, size / 2, 2) float32."""
     frequencies = THETA ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     angles = positions.double()[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
@@ -59,7 +59,8 @@ def video_rotation(grid: tuple[int, int, int], head_dim: int, device: torch.devi
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn the pairs of x (..., L, N, d) by ``rotation`` (L, 1, d / 2, 2), in float32; returns x's dtype.
 
-    As complex multiplication: one fused pass on every device, against four strided ones with cosine and sine apart.
+    As complex multiplication: one fused pass on every device, against four strided ones with cosine and sine
+    apart.
     """
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * torch.view_as_complex(rotation)).flatten(-2).to(x.dtype)

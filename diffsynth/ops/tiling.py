@@ -57,7 +57,7 @@ def tile_starts(length: int, size: int, stride: int) -> list[int]:
 
 
 def blend_mask(tile: Tile, *, scale: int, device: torch.device | str) -> Tensor:
-    """Weights of a tile, (height x scale, width x scale) float32: ramps to neighbours, flat at the picture's edge."""
+    """Weights of a tile, (height x scale, width x scale) float32: ramps to neighbours, flat at edges."""
     rows = _ramp(tile.height, tile.border[0], tile.top > 0, tile.top + tile.height < tile.picture[0], scale)
     columns = _ramp(
         tile.width, tile.border[1], tile.left > 0, tile.left + tile.width < tile.picture[1], scale

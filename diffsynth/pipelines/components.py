@@ -65,7 +65,8 @@ def collect(
         manager: where they were loaded.
         device: where they compute.
         dtype: of intermediate results.
-        dit: file of the DiT to use, or the two files of the high- and the low-noise expert, when several are loaded.
+        dit: file of the DiT to use, or the two files of the high- and the low-noise expert, when several are
+            loaded.
         tokenizer_path: the tokenizer's file or folder, when it does not lie beside the text encoder.
 
     Raises:
@@ -79,7 +80,7 @@ def collect(
         found = [entry for entry in manager.loaded if entry.name == name]
         if len(found) > 1:
             raise AmbiguousModelError(
-                f"{len(found)} networks are {name}: {', '.join(_source(e) for e in found)}. Load one of them only."
+                f"{len(found)} networks are {name}: {', '.join(_source(e) for e in found)}. Load one only."
             )
         if found:
             setattr(parts, attribute, found[0].model)
@@ -120,7 +121,7 @@ def _take_dits(parts: PipelineComponents, found: list[LoadedModel]) -> None:
     if len(found) > 2:
         names = "\n  ".join(_source(e) for e in found)
         raise AmbiguousModelError(
-            f"{len(found)} DiTs are loaded; a pipeline uses one, or a high- and a low-noise expert:\n  {names}\n"
+            f"{len(found)} DiTs are loaded; a pipeline uses one, or two experts:\n  {names}\n"
             f"Pick with from_model_manager(manager, dit={_source(found[0])!r}), or dit=[HIGH, LOW]."
         )
     high, low = found[0], None
@@ -155,7 +156,8 @@ def _roles(first: LoadedModel, second: LoadedModel) -> tuple[LoadedModel, Loaded
             f"Both {names} are {roles[0]}-noise experts; load one of each, or pick one with dit=."
         )
     logger.warning(
-        "Neither path of %s says high_noise or low_noise: the first is taken for high noise, the second for low. "
+        "Neither path of %s says high_noise or low_noise: the first is taken for high noise, the second for "
+        "low. "
         "Say it with from_model_manager(manager, dit=[HIGH, LOW]).",
         names,
     )
@@ -168,8 +170,9 @@ def _check_sizes(parts: PipelineComponents) -> None:
     config = parts.high.dit.config
     if parts.text_encoder is not None and parts.text_encoder.config.dim != config.text_dim:
         raise ConfigurationError(
-            f"The text encoder ({parts.sources['text_encoder']}) gives features {parts.text_encoder.config.dim} wide and the "
-            f"DiT ({parts.sources['dit']}) reads {config.text_dim}; load the text encoder that belongs to this DiT."
+            f"The text encoder ({parts.sources['text_encoder']}) gives features "
+            f"{parts.text_encoder.config.dim} wide and the DiT ({parts.sources['dit']}) reads "
+            f"{config.text_dim}; load the text encoder that belongs to this DiT."
         )
     if parts.vae is not None and parts.vae.config.z_dim != config.out_dim:
         raise ConfigurationError(

@@ -21,7 +21,8 @@ def describe(parts: PipelineComponents, precision: str) -> str:
         config = parts.high.dit.config
         planes = ", ".join(f"{k} ({v})" for k, v in config.planes.items()) or "none"
         lines.append(
-            f"  kind: {parts.family}, width {config.dim}, {config.num_layers} blocks, {config.num_heads} heads, planes: {planes}"
+            f"  kind: {parts.family}, width {config.dim}, {config.num_layers} blocks, "
+            f"{config.num_heads} heads, planes: {planes}"
         )
     if parts.low is not None:
         lines.append(f"  two experts, the low-noise one below timestep {parts.boundary * 1000:g}")

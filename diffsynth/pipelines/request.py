@@ -61,16 +61,18 @@ class CallOptions:
 
 
 V1_DEFAULTS: dict[str, object] = {
-    "height": 480, "width": 832, "num_frames": 81, "num_inference_steps": 50, "cfg_scale": 5.0, "sigma_shift": 5.0,
-    "sampler": "euler",
+    "height": 480, "width": 832, "num_frames": 81, "num_inference_steps": 50, "cfg_scale": 5.0,
+    "sigma_shift": 5.0, "sampler": "euler",
 }  # fmt: skip
-# Models that v1 did not know: official values (Wan2.2 wan/configs). Key: family and whether there are two experts.
+# Models that v1 did not know: official values (Wan2.2 wan/configs). Key: family and whether there are two
+# experts.
 OFFICIAL_DEFAULTS: dict[tuple[str, bool], dict[str, object]] = {
     ("t2v", True): {"height": 720, "width": 1280, "num_inference_steps": 40, "cfg_scale": 4.0,
                     "cfg_scale_low_noise": 3.0, "sigma_shift": 12.0, "sampler": "unipc"},
 }  # fmt: skip
 
-# Arguments that v1 scripts carry and what would read them: their harmless values pass, others say what is missing.
+# Arguments that v1 scripts carry and what would read them: their harmless values pass, others say what is
+# missing.
 UNREAD: dict[str, tuple[tuple[object, ...], str]] = {
     "input_image": ((None,), "an image-to-video model"),
     "end_image": ((None,), "a first-last-frame or InP model"),
@@ -253,7 +255,8 @@ def _geometry(options: CallOptions, parts: PipelineComponents, num_videos: int) 
     num_frames = _snapped_frames(options.num_frames, options.strict)
     return Geometry(
         num_videos=num_videos, num_frames=num_frames, height=height, width=width, latent_channels=channels,
-        latent_frames=(num_frames - 1) // TEMPORAL_STRIDE + 1, latent_height=height // stride, latent_width=width // stride,
+        latent_frames=(num_frames - 1) // TEMPORAL_STRIDE + 1, latent_height=height // stride,
+        latent_width=width // stride,
     )  # fmt: skip
 
 

@@ -41,8 +41,9 @@ class WanVideoPipeline:
 
     Args:
         parts: the networks; usually found by `from_model_manager` or `from_pretrained`.
-        precision: "official" keeps latents in float32 and rounds pixels; "v1" reproduces DiffSynth v1's arithmetic
-            (latents and timesteps in the pipeline's dtype, tiled VAE, pixels cut to 8 bits) for people with old seeds.
+        precision: "official" keeps latents in float32 and rounds pixels; "v1" reproduces DiffSynth v1's
+            arithmetic (latents and timesteps in the pipeline's dtype, tiled VAE, pixels cut to 8 bits) for
+            people with old seeds.
     """
 
     def __init__(self, parts: PipelineComponents, precision: Precision = "official") -> None:
@@ -70,7 +71,8 @@ class WanVideoPipeline:
         Args:
             model_manager: holds them.
             torch_dtype: of intermediate results; None: the manager's.
-            device: where they compute; None: the manager's. Networks that rest elsewhere visit it for their phase.
+            device: where they compute; None: the manager's. Networks that rest elsewhere visit it for their
+                phase.
             use_usp: several GPUs for one video; not in this version.
             dit: which of several loaded DiTs, by file; two for a high- and a low-noise expert.
             tokenizer_path: file or folder, when the tokenizer does not lie beside the text encoder.
@@ -163,12 +165,12 @@ class WanVideoPipeline:
 
     @torch.no_grad()
     def __call__(self, prompt: Any = None, negative_prompt: Any = None, **arguments: Any) -> Videos:
-        """Make videos. ``help(pipe)`` lists the arguments; their meaning stands beside each field of ``Inputs``.
+        """Make videos. ``help(pipe)`` lists the arguments; the fields of ``Inputs`` tell their meaning.
 
         Returns:
             A list of PIL frames, or a list of such lists when a batch was asked for (a list of prompts, or
-            num_videos_per_prompt > 1). With output_type "pt" float32 (B, F, 3, H, W) in [0, 1], "np" (B, F, H, W, 3),
-            "latent" the float32 latents (B, C, F, H, W) that the VAE would decode.
+            num_videos_per_prompt > 1). With output_type "pt" float32 (B, F, 3, H, W) in [0, 1], "np" (B, F,
+            H, W, 3), "latent" the float32 latents (B, C, F, H, W) that the VAE would decode.
 
         Raises:
             UnknownArgumentError, UnusedInputError, ArgumentError: before any model moves.
@@ -217,8 +219,8 @@ class WanVideoPipeline:
         self._is_interrupted = False
         with self._residency.use("dit", "dit_low_noise"):
             latents = denoise(
-                experts, sampler, latents, positive=conditions.positive, negative=conditions.negative, plan=plan,
-                guidance=Guidance(high=request.cfg_scale, low=request.cfg_scale_low_noise),
+                experts, sampler, latents, positive=conditions.positive, negative=conditions.negative,
+                plan=plan, guidance=Guidance(high=request.cfg_scale, low=request.cfg_scale_low_noise),
                 on_step=self._on_step(options.callback_on_step_end), progress=options.progress_bar_cmd,
                 timestep_dtype=self.parts.dtype if is_v1 else None,
             )  # fmt: skip
@@ -296,7 +298,8 @@ def _draw_noise(request: VideoRequest) -> tuple[Tensor, int | None]:
         logger.info("seed=%d was drawn.", seed)
     rows = []
     for index in range(shape[0]):
-        # float32 on the CPU whatever the device, unless asked otherwise: one seed, one video, on every machine.
+        # float32 on the CPU whatever the device, unless asked otherwise: one seed, one video, on every
+        # machine.
         generator = torch.Generator(options.rand_device).manual_seed(seed + index)
         rows.append(torch.randn((1, *shape[1:]), generator=generator, device=options.rand_device))
     return torch.cat(rows), seed

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 class Residency:
     """Brings a network to the device for a phase and lets go of the copy afterwards.
 
-    The tensors a network was loaded with stay where they are (perhaps a mapped file); the device receives copies,
-    which are dropped when another phase begins. Nothing is ever copied back. A network that already is on the
-    device is left alone.
+    The tensors a network was loaded with stay where they are (perhaps a mapped file); the device receives
+    copies, which are dropped when another phase begins. Nothing is ever copied back. A network that already
+    is on the device is left alone.
 
     Args:
         networks: by name; those that are None are not loaded.
@@ -28,7 +28,7 @@ class Residency:
 
     @contextmanager
     def use(self, *names: str) -> Iterator[None]:
-        """Bring these in and send all others to rest; at the end these stay until another phase needs the room."""
+        """Bring these in and send all others to rest; these stay until another phase needs the room."""
         for name in [name for name in self._visiting if name not in names]:
             self._send_to_rest(name)
         for name in names:

@@ -50,7 +50,10 @@ def test_vae_equals_the_reference_whatever_the_chunk(name: str, chunk: int, tmp_
     vae = load_golden_model(golden, "vae", golden.config, tmp_path, "wan_video_vae")
     arguments: dict[str, object] = {"normalise": "unscaled" not in name}
     if "tiled" in name:
-        arguments |= {"tile_size": tuple(golden.config["tile_size"]), "tile_stride": tuple(golden.config["tile_stride"])}
+        arguments |= {
+            "tile_size": tuple(golden.config["tile_size"]),
+            "tile_stride": tuple(golden.config["tile_stride"]),
+        }
     [video] = [v for k, v in golden.inputs.items() if k.startswith("video")]
     [latents] = [v for k, v in golden.inputs.items() if k.startswith("latent")]
     with torch.no_grad():
@@ -82,7 +85,9 @@ def test_relative_buckets_equal_the_reference() -> None:
     buckets = relative_buckets(length, golden.config["num_buckets"], golden.config["max_dist"])
     ahead = buckets[0]
     behind = buckets[-1].flip(0)
-    for offset, bucket in zip(golden.outputs["relative_position"].tolist(), golden.outputs["bucket"].tolist(), strict=True):
+    for offset, bucket in zip(
+        golden.outputs["relative_position"].tolist(), golden.outputs["bucket"].tolist(), strict=True
+    ):
         assert (ahead[offset] if offset >= 0 else behind[-offset]) == bucket
 
 

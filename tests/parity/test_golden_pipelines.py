@@ -32,8 +32,9 @@ def test_official_text_to_video(name: str, tmp_path: Path) -> None:
     scales = config.get("guide_scale_low_high") or config["guide_scale"]
     low, high = scales if isinstance(scales, list) else (scales, scales)
     arguments = dict(
-        **_text(golden), latents=golden.inputs["noise"][None], height=height, width=width, num_frames=config["frame_num"],
-        sampler={"unipc": "unipc", "dpm++": "dpm++"}[config["solver"]], num_inference_steps=config["steps"],
+        **_text(golden), latents=golden.inputs["noise"][None], height=height, width=width,
+        num_frames=config["frame_num"],
+               sampler={"unipc": "unipc", "dpm++": "dpm++"}[config["solver"]], num_inference_steps=config["steps"],
         sigma_shift=config["shift"], cfg_scale=high, cfg_scale_low_noise=low,
     )  # fmt: skip
     golden.assert_close("latents", pipe(**arguments, output_type="latent")[0])
@@ -43,7 +44,9 @@ def test_official_text_to_video(name: str, tmp_path: Path) -> None:
         golden.assert_close("video", (video[0].transpose(0, 1) * 2 - 1))
 
 
-@pytest.mark.parametrize("name", ["I_diffsynth_t2v_euler", "I_diffsynth_t2v_euler_cfg1_tiled", "I_diffsynth_v2v_strength0.7"])
+@pytest.mark.parametrize(
+    "name", ["I_diffsynth_t2v_euler", "I_diffsynth_t2v_euler_cfg1_tiled", "I_diffsynth_v2v_strength0.7"]
+)
 def test_diffsynth_v1_generation(name: str, tmp_path: Path) -> None:
     golden, config = case(name), case(name).config
     pipe = golden_pipeline(golden, tmp_path)
@@ -55,7 +58,11 @@ def test_diffsynth_v1_generation(name: str, tmp_path: Path) -> None:
     )  # fmt: skip
     if config["cfg_scale"] == 1.0:
         arguments.pop("negative_prompt_embeds", None)
-    frames = [v for k, v in {**golden.inputs, **golden.outputs}.items() if v.dtype == torch.uint8 and k != "frames_u8"]
+    frames = [
+        v
+        for k, v in {**golden.inputs, **golden.outputs}.items()
+        if v.dtype == torch.uint8 and k != "frames_u8"
+    ]
     if frames:
         video = frames[0] if frames[0].shape[-1] == 3 else frames[0].permute(1, 2, 3, 0)
         arguments["input_video"] = video.permute(0, 3, 1, 2).float() / 255

@@ -22,17 +22,20 @@ def vae_batch(rng: random.Random, count: int, num_frames: int, crop: int, recolo
     """Return clips for the VAE: (B, 3, F, crop, crop) float32 in [-1, 1].
 
     Args:
+        rng: decides everything.
+        count: B.
+        num_frames: F.
         crop: side of the cut, pixels; cuts lie mostly over a thing, where there is something to learn.
-        recoloured: share of clips whose colours are mixed at random, so that the VAE knows more than the grammar's.
+        recoloured: share of clips whose colours are mixed at random, so that the VAE knows more than the
+            grammar's.
     """
     scenes = draw_scenes(rng, count, num_frames)
     clips = draw_batch(scenes, num_frames, SIZE)
     cuts = []
     for clip, scene in zip(clips, scenes, strict=True):
-        if rng.random() < recoloured:
-            clip = _recolour(clip, rng)
+        coloured = _recolour(clip, rng) if rng.random() < recoloured else clip
         top, left = _corner(scene, rng, num_frames, crop)
-        cuts.append(clip[:, :, top : top + crop, left : left + crop])
+        cuts.append(coloured[:, :, top : top + crop, left : left + crop])
     return torch.stack(cuts)
 
 

@@ -22,8 +22,8 @@ VAE_FILE, TEXT_FILE, DIT_FILE = (
     "diffusion_pytorch_model.safetensors",
 )
 GENERATION = {
-    "height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "cfg_scale": 4.0, "sigma_shift": 3.0,
-    "sampler": "unipc", "fps": 8,
+    "height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "cfg_scale": 4.0,
+    "sigma_shift": 3.0, "sampler": "unipc", "fps": 8,
 }  # fmt: skip
 
 
@@ -34,6 +34,7 @@ def fold_statistics(vae: WanVideoVAE, mean: Tensor, std: Tensor) -> None:
     conv1 and conv2 are 1 x 1 x 1: an affine map per channel goes into the one and its inverse into the other.
 
     Args:
+        vae: changed in place.
         mean: (z_dim,) of the raw latents.
         std: (z_dim,) of the raw latents.
     """

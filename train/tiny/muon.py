@@ -1,7 +1,7 @@
 """Muon: momentum whose matrices are made orthogonal. Reaches a given loss in about half of Adam's steps here.
 
-A convolution's weight counts as one matrix, (out, in x kernel). Vectors and scalars are left to Adam, in the same
-optimizer. Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
+A convolution's weight counts as one matrix, (out, in x kernel). Vectors and scalars are left to Adam, in the
+same optimizer. Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+def _is_matrix(p: Tensor) -> bool:
+    return p.ndim >= 2 and p.shape[0] > 1 and p.numel() > p.shape[0]
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for weights of two and more dims, Adam for the rest.
 
@@ -41,9 +45,9 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         everything = list(parameters)
         groups = [
-            {"params": [p for p in everything if p.ndim >= 2 and min(p.shape[0], p.numel() // p.shape[0]) > 1], "muon": True, "lr": lr},
-            {"params": [p for p in everything if p.ndim < 2 or min(p.shape[0], p.numel() // p.shape[0]) == 1], "muon": False, "lr": adam_lr},
-        ]  # fmt: skip
+            {"params": [p for p in everything if _is_matrix(p)], "muon": True, "lr": lr},
+            {"params": [p for p in everything if not _is_matrix(p)], "muon": False, "lr": adam_lr},
+        ]
         super().__init__(groups, {"weight_decay": weight_decay})
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]

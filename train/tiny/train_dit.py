@@ -1,4 +1,7 @@
-"""Train the tiny DiT and its text encoder: `python -m train.tiny.train_dit --minutes 60`. Goes on where it was cut off."""
+"""Train the tiny DiT and its text encoder; goes on where it was cut off.
+
+`python -m train.tiny.train_dit --minutes 60`, after train_vae.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +109,7 @@ def flow_loss(
 
 
 def train(out: Path, weights: Path, minutes: float, seed: int) -> None:
-    """Train for ``minutes`` of wall clock counted over all starts; write the files of the averaged weights."""
+    """Train for ``minutes`` of wall clock counted over all starts; write the averaged weights."""
     from diffsynth.models.model_manager import ModelManager
     from train.tiny.export import VAE_FILE
 

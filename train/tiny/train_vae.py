@@ -87,7 +87,8 @@ def train(out: Path, weights: Path, minutes: float, seed: int) -> None:
             mean, recent = sum(recent) / len(recent), []
             quality = {n: round(psnr(vae, n, 4), 1) for n in ((17,) if run.step % 2000 else (1, 9, 17, 25))}
             print(
-                f"step {run.step} {elapsed / 60:.1f} min loss {mean:.4f} deviation {latents.std():.2f} dB {quality}",
+                f"step {run.step} {elapsed / 60:.1f} min loss {mean:.4f} "
+                f"deviation {latents.std():.2f} dB {quality}",
                 flush=True,
             )
             if not math.isfinite(mean):
@@ -106,8 +107,8 @@ def export(run: Run, weights: Path) -> None:
     assert isinstance(vae, WanVideoVAE)
     vae.load_state_dict(run.average["vae"])
     with torch.no_grad():
-        latents = torch.cat([vae.encode(vae_batch(random.Random(n), 64, 17, SIZE, 0.0), normalise=False, chunk_frames=16)
-                             for n in range(4)])  # fmt: skip
+        clips = (vae_batch(random.Random(n), 64, 17, SIZE, recoloured=0.0) for n in range(4))
+        latents = torch.cat([vae.encode(clip, normalise=False, chunk_frames=16) for clip in clips])
     fold_statistics(vae, latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4)))
     write_vae(vae, weights)
     print(

@@ -142,7 +142,8 @@ class DiTBlock(nn.Module):
         rise, _, fall = self.ffn
         if torch.is_grad_enabled():
             return fall(F.gelu(rise(x), approximate="tanh"))  # type: ignore[no-any-return]
-        # The hidden layer is 2.7 to 5.8 times as wide as the stream: some tokens at a time, and over its own input.
+        # The hidden layer is 2.7 to 5.8 times as wide as the stream: some tokens at a time, and over its own
+        # input.
         for part in torch.split(x, chunk_tokens, dim=1):
             part.copy_(fall(torch.ops.aten.gelu_(rise(part), approximate="tanh")))
         return x

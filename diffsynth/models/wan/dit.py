@@ -1,10 +1,10 @@
 """The diffusion transformer of every Wan model.
 
-It knows places, not tasks: channel planes beside the noise, text tokens, image tokens, five doors for adapters
-and a second clock. Everything a variant does to the transformer happens at one of these places.
+It knows places, not tasks: channel planes beside the noise, text tokens, image tokens, five doors for
+adapters and a second clock. Everything a variant does to the transformer happens at one of these places.
 
-Letters: B batch, C latent channels, F H W latent frames, height, width; f h w the same in patches, L = f h w tokens;
-D width, K distinct times of a call. Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``.
+Letters: B batch, C latent channels, F H W latent frames, height, width; f h w the same in patches, L = f h w
+tokens; D width, K distinct times of a call. Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FFN_CHUNK_TOKENS = {"cpu": 768, "cuda": 8192}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DiTConfig:
-    """Sizes of a Wan DiT. Most are told by the file's shapes; the rest by its metadata, config.json or a rule."""
+    """Sizes of a Wan DiT: told by the file's shapes, else by its metadata, config.json or a rule."""
 
     dim: int
     in_dim: int  # channels that enter: the latent's and those of the planes
@@ -86,7 +86,7 @@ class StepCache(Protocol):
     """May answer instead of the blocks; one memory per key (expert and side of the guidance)."""
 
     def recall(self, key: str, probe: Tensor) -> Tensor | None:
-        """The blocks' change of x, (B, L, D), or None: run them. ``probe`` is the time modulation (B, K, 6, D)."""
+        """The blocks' change of x, (B, L, D), or None: run them. ``probe``: time modulation (B, K, 6, D)."""
 
     def keep(self, key: str, change: Tensor) -> None:
         """The blocks ran and changed x by this."""
@@ -159,8 +159,9 @@ class Head(nn.Module):
 class WanDiT(nn.Module):
     """The transformer; see this module's legend.
 
-    ``attention`` and ``ffn_chunk_tokens`` are set from outside: a kernel (perhaps wrapped, to exchange heads between
-    devices) and the number of tokens that go through a feed-forward layer at a time (None: by device).
+    ``attention`` and ``ffn_chunk_tokens`` are set from outside: a kernel (perhaps wrapped, to exchange heads
+    between devices) and the number of tokens that go through a feed-forward layer at a time (None: by
+    device).
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -168,8 +169,9 @@ class WanDiT(nn.Module):
         self.config = config
         dim, patch = config.dim, config.patch_size
         sizes = BlockSizes(
-            dim=dim, ffn_dim=config.ffn_dim, num_heads=config.num_heads, eps=config.eps, qk_norm=config.qk_norm,
-            cross_attn_norm=config.cross_attn_norm, has_image=config.image_dim is not None,
+            dim=dim, ffn_dim=config.ffn_dim, num_heads=config.num_heads, eps=config.eps,
+            qk_norm=config.qk_norm, cross_attn_norm=config.cross_attn_norm, has_image=config.image_dim is not
+            None,
         )  # fmt: skip
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, patch, stride=patch)
         self.text_embedding = nn.Sequential(
@@ -335,8 +337,9 @@ class WanDiT(nn.Module):
         for adapter, given in branch.adapters:
             stream = adapter.extend(stream, given, self)
         call = Call(
-            text=branch.text, t_mod=t_mod, spans=spans_of(stream.clock, stream.x.shape[1]), attention=self.attention,
-            ffn_chunk_tokens=self.ffn_chunk_tokens or FFN_CHUNK_TOKENS.get(self.device.type, 8192),
+            text=branch.text, t_mod=t_mod, spans=spans_of(stream.clock, stream.x.shape[1]),
+            attention=self.attention, ffn_chunk_tokens=self.ffn_chunk_tokens or
+            FFN_CHUNK_TOKENS.get(self.device.type, 8192),
         )  # fmt: skip
         states = tuple((adapter, adapter.begin(stream, given, call)) for adapter, given in branch.adapters)
         return _Pass(branch=branch, stream=stream, call=call, states=states, x=stream.x)

@@ -1,8 +1,8 @@
 """The umT5 encoder that Wan reads text with.
 
 Letters: B batch, L tokens, D width, N heads, d size of a head.
-Every layer has its own table of relative positions; scores are not scaled; layers have no biases; the feed-forward
-is gated by a tanh-GELU. Source: Wan2.1 ``wan/modules/t5.py``.
+Every layer has its own table of relative positions; scores are not scaled; layers have no biases; the
+feed-forward is gated by a tanh-GELU. Source: Wan2.1 ``wan/modules/t5.py``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TextEncoderConfig:
 
 
 def relative_buckets(num_tokens: int, num_buckets: int, max_distance: int = MAX_DISTANCE) -> Tensor:
-    """Bucket of every (query, key) pair, (L, L) int64: half for keys behind, half for keys ahead of the query.
+    """Bucket of every (query, key) pair, (L, L) int64: half for keys behind, half for keys ahead.
 
     Near distances have a bucket each; from num_buckets / 4 on buckets widen logarithmically.
     """
@@ -44,7 +44,8 @@ def relative_buckets(num_tokens: int, num_buckets: int, max_distance: int = MAX_
     half = num_buckets // 2
     near = half // 2
     distance = offset.abs()
-    # In float32, as the models were trained: a boundary distance may fall one bucket short of exact arithmetic.
+    # In float32, as the models were trained: a boundary distance may fall one bucket short of exact
+    # arithmetic.
     ratio = torch.log(distance.clamp(min=1).float() / near) / math.log(max_distance / near)
     far = (near + (ratio * (half - near)).long()).clamp(max=half - 1)
     return torch.where(distance < near, distance, far) + half * (offset > 0)

@@ -1,10 +1,10 @@
 """Text for cross-attention, with its padding told once instead of hundreds of times.
 
 Letters: B batch, T text tokens, P padding rows, D width.
-Wan's text is padded with zero rows to ``text_len``, and these rows are attended to: the models were trained so.
-All padding rows are equal, so their keys and values are equal in every block, and P equal keys weigh as much as
-one key whose score is raised by ln P. Keys, values and their products shrink from 512 rows to the prompt's own
-length; the result is the same sum in another order.
+Wan's text is padded with zero rows to ``text_len``, and these rows are attended to: the models were trained
+so. All padding rows are equal, so their keys and values are equal in every block, and P equal keys weigh as
+much as one key whose score is raised by ln P. Keys, values and their products shrink from 512 rows to the
+prompt's own length; the result is the same sum in another order.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The video VAE of Wan2.1: 8 x 8 pixels and 4 frames become one latent position of 16 channels.
 
-Letters: B batch, F pixel frames, T = (F - 1) / 4 + 1 latent frames, H W pixels, h w latent positions (H / 8, W / 8).
-The model is strictly causal in time, so a clip is coded in chunks of any length with the same numbers; chunks keep
-memory flat, `History` keeps what the next chunk must know.
+Letters: B batch, F pixel frames, T = (F - 1) / 4 + 1 latent frames, H W pixels, h w latent positions (H / 8,
+W / 8). The model is strictly causal in time, so a clip is coded in chunks of any length with the same
+numbers; chunks keep memory flat, `History` keeps what the next chunk must know.
 
 Source: Wan2.1 ``wan/modules/vae.py``.
 """
@@ -160,7 +160,8 @@ class WanVideoVAE(nn.Module):
             normalise: subtract the latent's mean and divide by its deviation, channel by channel.
             tile_size: height and width of a tile in latent positions; None codes the whole picture.
             tile_stride: distance between tiles, at most ``tile_size``; the rest is overlap, blended.
-            chunk_frames: frames coded at a time after the first, a multiple of 4; changes memory, not numbers.
+            chunk_frames: frames coded at a time after the first, a multiple of 4; changes memory, not
+                numbers.
 
         Returns:
             (B, z_dim, T, H / 8, W / 8) float32.
@@ -228,7 +229,7 @@ class WanVideoVAE(nn.Module):
     def decode_stream(
         self, latents: Tensor, *, normalise: bool = True, chunk_latents: int = 1
     ) -> Iterator[Tensor]:
-        """Yield the video chunk by chunk, (B, 3, f, H, W) float32, not clamped: memory does not grow with its length."""
+        """Yield the video in chunks, (B, 3, f, H, W) float32, not clamped: memory stays flat."""
         if latents.ndim != 5 or latents.shape[1] != self.config.z_dim:
             raise ArgumentError(
                 f"latents have shape {tuple(latents.shape)}; expected (B, {self.config.z_dim}, T, h, w)."

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class History:
-    """The last input frames of each temporal layer, keyed by the layer. One per pass over one clip or tile."""
+    """The last input frames of each temporal layer, keyed by the layer; one per pass over a clip or tile."""
 
     def __init__(self) -> None:
         self._frames: dict[nn.Module, Tensor | None] = {}
@@ -49,7 +49,8 @@ class CausalConv3d(nn.Conv3d):
             return super().forward(x)
         past = history.recall(self)
         if past is None and x.shape[2] == 1:
-            # Before the clip there are zeros: only the last tap of the kernel meets a frame. A third of the work.
+            # Before the clip there are zeros: only the last tap of the kernel meets a frame. A third of the
+            # work.
             history.keep(self, x)
             first = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:])  # type: ignore[arg-type]
             return first.unsqueeze(2)
@@ -61,7 +62,7 @@ class CausalConv3d(nn.Conv3d):
 
 
 class RMSNorm(nn.Module):
-    """Each position divided by the length of its channel vector, times sqrt(C) and gamma. No epsilon inside."""
+    """Each position divided by the length of its channel vector, times sqrt(C) and gamma."""
 
     def __init__(self, channels: int, num_dims: int = 3) -> None:
         super().__init__()
@@ -127,7 +128,7 @@ def _one_by_one(count: int) -> list[slice]:
 
 
 class Downsample(nn.Module):
-    """Half the height and width; with ``temporal`` also half the frames (the clip's first frame stays alone)."""
+    """Half the height and width; with ``temporal`` also the frames (the clip's first stays alone)."""
 
     def __init__(self, channels: int, *, temporal: bool) -> None:
         super().__init__()
@@ -152,7 +153,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width; with ``temporal`` also twice the frames (the clip's first frame stays alone)."""
+    """Twice the height and width; with ``temporal`` also the frames (the clip's first stays alone)."""
 
     def __init__(self, in_channels: int, out_channels: int, *, temporal: bool) -> None:
         super().__init__()
@@ -170,7 +171,8 @@ class Upsample(nn.Module):
     def _double_frames(self, x: Tensor, history: History) -> Tensor:
         alone = []
         if not history.seen(self):
-            # The clip's first frame is not doubled, and the frames after it do not see it here: zeros stand before them.
+            # The clip's first frame is not doubled, and the frames after it do not see it here: zeros stand
+            # before them.
             history.keep(self, None)
             alone, x = [x[:, :, :1]], x[:, :, 1:]
             if x.shape[2] == 0:
