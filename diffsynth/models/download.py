@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffsynth.checkpoints.files import SUFFIXES
 from diffsynth.errors import ArgumentError, CheckpointNotFoundError
 
 logger = logging.getLogger("diffsynth")
 
 SITES = ("ModelScope", "HuggingFace")
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def looks_like_id(text: str) -> bool:
+    """Whether ``text`` has the form ORGANISATION/REPOSITORY and names no file of weights."""
+    return _ID.fullmatch(text) is not None and not text.endswith(SUFFIXES)
 
 
 def download_models(

@@ -15,6 +15,7 @@ from diffsynth.conditioning.registry import CONDITIONERS
 from diffsynth.denoising.expert import Experts
 from diffsynth.denoising.loop import Guidance, denoise
 from diffsynth.errors import ArgumentError, MissingModelError
+from diffsynth.models.download import looks_like_id
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.pipelines.components import PipelineComponents, collect
 from diffsynth.pipelines.describe import describe
@@ -99,6 +100,7 @@ class WanVideoPipeline:
         device: str | torch.device | None = None,
         *,
         download: bool = False,
+        dit: str | Path | Sequence[str | Path] | None = None,
         tokenizer_path: str | Path | None = None,
         precision: Precision = "official",
     ) -> WanVideoPipeline:
@@ -109,21 +111,23 @@ class WanVideoPipeline:
             torch_dtype: of weights and intermediate results; None keeps each file's own.
             device: None is "cuda" if there is one, else "cpu".
             download: allow a hub id to be downloaded; without it nothing reaches the network.
+            dit: see `from_model_manager`.
             tokenizer_path: see `from_model_manager`.
             precision: see the class.
         """
         manager = ModelManager(torch_dtype=torch_dtype, device=device)
-        is_id = isinstance(path, str) and not Path(path).expanduser().exists() and path.count("/") == 1
+        is_id = isinstance(path, str) and not Path(path).expanduser().exists() and looks_like_id(path)
         if is_id and download:
             from diffsynth.models.download import download_models
 
             path = cast("list[str | Path]", download_models([str(path)]))
         elif is_id:
             raise ArgumentError(
-                f"{path!r} is no folder here; if it is an id on a hub, allow the download with download=True."
+                f"{path!r} is no file or folder here; if it is an id on a hub, allow the download with "
+                "download=True (--download on the command line)."
             )
         manager.load_models(path)
-        return cls.from_model_manager(manager, tokenizer_path=tokenizer_path, precision=precision)
+        return cls.from_model_manager(manager, dit=dit, tokenizer_path=tokenizer_path, precision=precision)
 
     @property
     def dit(self) -> nn.Module | None:

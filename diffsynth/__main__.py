@@ -1,0 +1,5 @@
+"""``python -m diffsynth`` is the command ``diffsynth``."""
+
+from diffsynth.cli.app import main
+
+main()

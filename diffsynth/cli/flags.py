@@ -1,0 +1,124 @@
+"""The flags of ``diffsynth generate``: one row each, named as the argument of ``pipe()`` that it gives.
+
+Nothing here imports torch, so that ``--help`` costs none; a test keeps the table equal to the arguments of
+``pipe()``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import typer
+
+SamplerName = Enum("SamplerName", {"euler": "euler", "unipc": "unipc", "dpmpp": "dpm++"}, type=str)
+DtypeName = Enum("DtypeName", {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}, type=str)
+PrecisionName = Enum("PrecisionName", {"official": "official", "v1": "v1"}, type=str)
+
+VIDEO, GUIDANCE, SOURCE = "The video", "Steps and guidance", "Start from a video"
+TILES, MODEL, FILE = "VAE in tiles", "The model", "The file"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flag:
+    """One flag. Without a value it is left to the model, or to the function that reads it."""
+
+    name: str  # of the argument that receives it
+    kind: Any  # type, as typer reads it
+    help: str
+    panel: str
+    spellings: tuple[str, ...] = ()  # default: --the-name
+    default: object = None
+
+    @property
+    def is_call(self) -> bool:
+        """Whether `pipe()` has an argument of this name."""
+        return self.panel in (VIDEO, GUIDANCE, SOURCE, TILES)
+
+
+FLAGS: tuple[Flag, ...] = (
+    Flag(name="negative_prompt", kind=str, panel=VIDEO, help="What to keep away from."),
+    Flag(name="height", kind=int, panel=VIDEO, help="Pixels, a multiple of 16; Wan2.1: 480."),
+    Flag(name="width", kind=int, panel=VIDEO, help="Pixels, a multiple of 16; Wan2.1: 832."),
+    Flag(name="num_frames", kind=int, panel=VIDEO, help="4 k + 1; Wan2.1: 81. 1 makes a picture."),
+    Flag(name="num_videos_per_prompt", kind=int, panel=VIDEO,
+         help="How many, numbered NAME-1, NAME-2 ...; each with a seed one higher."),
+    Flag(name="seed", kind=int, panel=VIDEO, help="One number, one video; drawn if not given."),
+    Flag(name="strict", kind=bool, panel=VIDEO, default=False, spellings=("--strict",),
+         help="Refuse sizes that do not fit the model instead of taking the next that do."),
+    Flag(name="num_inference_steps", kind=int, panel=GUIDANCE, spellings=("--num-inference-steps", "--steps"),
+         help="Calls of the model; Wan2.1: 50."),
+    Flag(name="cfg_scale", kind=float, panel=GUIDANCE,
+         help="How strongly the prompt pulls; Wan2.1: 5. 1 is no guidance, in half the time."),
+    Flag(name="cfg_scale_low_noise", kind=float, panel=GUIDANCE,
+         help="The same for the low-noise expert of a model that has two."),
+    Flag(name="sampler", kind=SamplerName, panel=GUIDANCE, help="How noise becomes video."),
+    Flag(name="sigma_shift", kind=float, panel=GUIDANCE,
+         help="How far noise levels lean to the noisy end: 1 is even, 3 to 12 are usual."),
+    Flag(name="switch_DiT_boundary", kind=float, panel=GUIDANCE, spellings=("--switch-dit-boundary",),
+         help="Noise level, 0 to 1, where the low-noise expert takes over."),
+    Flag(name="input_video", kind=Path, panel=SOURCE, help="A video, or a folder of pictures."),
+    Flag(name="denoising_strength", kind=float, panel=SOURCE,
+         help="Share of noise laid over --input-video: 0.7 keeps the layout, 1 ignores it."),
+    Flag(name="tiled", kind=bool, panel=TILES, spellings=("--tiled/--no-tiled",),
+         help="Code pictures in tiles, which saves memory; default: where the whole does not fit."),
+    Flag(name="tile_size", kind=tuple[int, int], panel=TILES, help="Height and width, 8 pixels each; 30 52."),
+    Flag(name="tile_stride", kind=tuple[int, int], panel=TILES, help="From one tile to the next; 15 26."),
+    Flag(name="model", kind=list[str], panel=MODEL, default=(),
+         help="Folder or file, several times for several files, or a hub id with --download. "
+              "Default: the tiny Wan that ships with diffsynth."),
+    Flag(name="dit", kind=list[str], panel=MODEL, default=(),
+         help="Which of several DiTs in --model, by file; twice for a high- and a low-noise expert."),
+    Flag(name="tokenizer_path", kind=Path, panel=MODEL,
+         help="Folder of spiece.model or tokenizer.json, where it does not lie beside the text encoder."),
+    Flag(name="download", kind=bool, panel=MODEL, default=False, spellings=("--download",),
+         help="Let a hub id be downloaded into ./models; without it nothing uses the network."),
+    Flag(name="dtype", kind=DtypeName, panel=MODEL, help="Of the weights; bfloat16, the tiny Wan float32."),
+    Flag(name="device", kind=str, panel=MODEL,
+         help="cuda, cuda:1, cpu; default: a GPU if there is one, for the tiny Wan the CPU."),
+    Flag(name="precision", kind=PrecisionName, panel=MODEL,
+         help="v1 repeats the arithmetic of DiffSynth-Studio 1.x, for old seeds."),
+    Flag(name="out", kind=Path, panel=FILE, default=Path("video.mp4"), spellings=("--out", "-o"),
+         help=".mp4, .mkv, .mov, .webm or .gif; .png or .jpg for one picture."),
+    Flag(name="fps", kind=float, panel=FILE, help="Frames per second; the model's own, mostly 16."),
+    Flag(name="quality", kind=float, panel=FILE, help="1 (smallest file) to 10 (best); 9."),
+    Flag(name="crf", kind=float, panel=FILE, help="The codec's own measure instead: 0 is best."),
+    Flag(name="codec", kind=str, panel=FILE, help="h264, h265, vp9, av1 or ffmpeg's name of an encoder."),
+    Flag(name="pix_fmt", kind=str, panel=FILE, help="yuv420p shows everywhere; yuv444p keeps full colour."),
+    Flag(name="quiet", kind=bool, panel=FILE, default=False, spellings=("--quiet", "-q"),
+         help="No progress, only warnings."),
+    Flag(name="debug", kind=bool, panel=FILE, default=False, spellings=("--debug",),
+         help="Show where an error came from."),
+)  # fmt: skip
+
+
+def with_flags(flags: Sequence[Flag]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command these flags behind its own first argument; it receives them by keyword."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = next(iter(inspect.signature(command, eval_str=True).parameters.values()))
+        parameters = [own, *(_parameter(flag) for flag in flags)]
+
+        @wraps(command)
+        def called(**given: object) -> None:
+            command(**given)
+
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        del called.__wrapped__  # type: ignore[attr-defined]
+        return called
+
+    return decorate
+
+
+def _parameter(flag: Flag) -> inspect.Parameter:
+    spellings = flag.spellings or ("--" + flag.name.replace("_", "-"),)
+    default: Any = list(flag.default) if isinstance(flag.default, tuple) else flag.default
+    option = typer.Option(default, *spellings, help=flag.help, rich_help_panel=flag.panel, show_default=False)
+    annotation = flag.kind if flag.default is not None else flag.kind | None
+    return inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
