@@ -33,8 +33,7 @@ def test_official_text_to_video(name: str, tmp_path: Path) -> None:
     low, high = scales if isinstance(scales, list) else (scales, scales)
     arguments = dict(
         **_text(golden), latents=golden.inputs["noise"][None], height=height, width=width,
-        num_frames=config["frame_num"],
-               sampler={"unipc": "unipc", "dpm++": "dpm++"}[config["solver"]], num_inference_steps=config["steps"],
+        num_frames=config["frame_num"], sampler=config["solver"], num_inference_steps=config["steps"],
         sigma_shift=config["shift"], cfg_scale=high, cfg_scale_low_noise=low,
     )  # fmt: skip
     golden.assert_close("latents", pipe(**arguments, output_type="latent")[0])
