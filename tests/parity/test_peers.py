@@ -61,9 +61,15 @@ def test_dit_equals_diffusers(dtype: torch.dtype, tolerance: float, batch: int, 
     from diffusers import WanTransformer3DModel
 
     peer = WanTransformer3DModel(
-        num_attention_heads=3, attention_head_dim=32, in_channels=16, out_channels=16, text_dim=48, freq_dim=64,
-        ffn_dim=160, num_layers=3,
-    )  # fmt: skip
+        num_attention_heads=3,
+        attention_head_dim=32,
+        in_channels=16,
+        out_channels=16,
+        text_dim=48,
+        freq_dim=64,
+        ffn_dim=160,
+        num_layers=3,
+    )
     _shake(peer)
     dit = _ours(peer, peer.to_json_string(), dtype, tmp_path, "wan_video_dit")
     latents, text = torch.randn(batch, 16, 3, 4, 6), torch.randn(batch, 11, 48)
@@ -96,8 +102,14 @@ def test_text_encoder_equals_transformers(dtype: torch.dtype, tolerance: float, 
     from transformers import UMT5Config, UMT5EncoderModel
 
     config = UMT5Config(
-        vocab_size=131, d_model=48, d_kv=16, d_ff=80, num_layers=3, num_heads=3, feed_forward_proj="gated-gelu",
-    )  # fmt: skip
+        vocab_size=131,
+        d_model=48,
+        d_kv=16,
+        d_ff=80,
+        num_layers=3,
+        num_heads=3,
+        feed_forward_proj="gated-gelu",
+    )
     peer = _shake(UMT5EncoderModel(config)).eval()
     peer.encoder.embed_tokens.weight = peer.shared.weight
     state = {k: v for k, v in peer.state_dict().items() if k != "encoder.embed_tokens.weight"}
@@ -117,7 +129,7 @@ def test_text_encoder_equals_transformers(dtype: torch.dtype, tolerance: float, 
         features = encoder(ids, mask)
         rounded = peer.to(dtype)(ids, mask).last_hidden_state
     if dtype == torch.bfloat16:
-        # Unscaled scores make rounding errors large in both; ours must not be farther from float32 than the peer.
+        # Unscaled scores make rounding large in both; ours may not be farther from float32 than the peer.
         tolerance = 1.2 * float((rounded - exact).square().mean().sqrt() / exact.square().mean().sqrt())
         rounded = exact.to(dtype)
     _assert_close(features[0], rounded[0], tolerance)
