@@ -181,6 +181,7 @@ class WanVideoPipeline:
             MissingModelError: when a network is needed that is not loaded.
             NotFiniteError: when latents become NaN; says at which step.
         """
+        self._is_interrupted = False
         request = read_request(
             {"prompt": prompt, "negative_prompt": negative_prompt, **arguments}, self.parts, self.precision
         )
@@ -220,7 +221,6 @@ class WanVideoPipeline:
         latents = plan.pin(latents.to(self.parts.dtype if is_v1 else torch.float32))
         boundary = self.parts.boundary if options.switch_DiT_boundary is None else options.switch_DiT_boundary
         experts = Experts(self.parts.high, self.parts.low, boundary, options.step_cache)
-        self._is_interrupted = False
         with self._residency.use("dit", "dit_low_noise"):
             latents = denoise(
                 experts, sampler, latents, positive=conditions.positive, negative=conditions.negative,
@@ -249,7 +249,7 @@ class WanVideoPipeline:
             decoded = (self._decode_one(one, request) for one in torch.split(latents, 1))
             if request.options.output_type == "pil":
                 rounding: Literal["round", "truncate"] = "truncate" if self.precision == "v1" else "round"
-                videos = [to_pil(tensor_to_frames(video, rounding)) for video in decoded]
+                videos = [to_pil(tensor_to_frames(video, rounding)[0]) for video in decoded]
                 return videos if request.is_batch else videos[0]
             stacked = torch.cat([video.add_(1).div_(2).transpose(1, 2).cpu() for video in decoded])
         return stacked if request.options.output_type == "pt" else stacked.movedim(2, -1).numpy()
