@@ -1,11 +1,7 @@
-"""Train the tiny DiT and its text encoder; goes on where it was cut off.
-
-`python -m train.tiny.train_dit --minutes 60`, after train_vae.
-"""
+"""Train the tiny DiT and its text encoder; goes on where it was cut off."""
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from pathlib import Path
@@ -16,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from diffsynth.conditioning.conditions import Conditions
 from diffsynth.conditioning.tokenizer import Tokenizer, find_tokenizer
+from diffsynth.models.model_manager import ModelManager
 from diffsynth.models.wan.dit import DiTConfig, WanDiT
 from diffsynth.models.wan.text_encoder import TextEncoderConfig, WanTextEncoder
 from diffsynth.models.wan.vae import WanVideoVAE
@@ -24,7 +21,7 @@ from diffsynth.tiny import tiny_folder
 from diffsynth.tiny.draw import draw_batch
 from diffsynth.tiny.grammar import Scene, caption
 from train.tiny.data import SIZE, draw_scenes
-from train.tiny.export import write_dit, write_text_encoder
+from train.tiny.export import VAE_FILE, write_dit, write_text_encoder
 from train.tiny.muon import Muon
 from train.tiny.state import Run, cosine, save_whole
 
@@ -76,17 +73,17 @@ class Clips:
 
 @torch.no_grad()
 def _encode(vae: WanVideoVAE, scenes: list[Scene], num_frames: int, at_once: int = 16) -> Tensor:
-    rows = []
+    rows, device = [], vae.conv1.weight.device
     for start in range(0, len(scenes), at_once):
         video = draw_batch(scenes[start : start + at_once], num_frames, SIZE)
-        with torch.autocast("cpu", torch.bfloat16):
-            rows.append(vae.encode(video, chunk_frames=24).to(torch.float16))
+        with torch.autocast(device.type, torch.bfloat16):
+            rows.append(vae.encode(video, chunk_frames=24).to("cpu", torch.float16))
     return torch.cat(rows)
 
 
 def encode_text(encoder: WanTextEncoder, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     """Features (B, tokens, D), zero where a text has ended."""
-    ids, mask = tokenizer.batch(texts)
+    ids, mask = (t.to(encoder.device) for t in tokenizer.batch(texts))
     features = encoder(ids, mask)
     return pad_sequence(
         [row[: int(m.sum())] for row, m in zip(features, mask, strict=True)], batch_first=True
@@ -101,18 +98,15 @@ def flow_loss(
         latents
     )  # one per stratum: less noise
     sigma = SHIFT * even / (1 + (SHIFT - 1) * even)
-    sigma = sigma[torch.randperm(len(sigma))]
+    sigma = sigma[torch.randperm(len(sigma))].to(latents.device)
     noise = torch.randn_like(latents)
     text = encode_text(encoder, tokenizer, texts)
     [velocity] = dit(add_noise(latents, noise, sigma), sigma * 1000, [dit.prepare(Conditions(text=text))])
     return (velocity - (noise - latents)).square().mean()
 
 
-def train(out: Path, weights: Path, minutes: float, seed: int) -> None:
+def train(out: Path, weights: Path, minutes: float, seed: int, device: torch.device) -> None:
     """Train for ``minutes`` of wall clock counted over all starts; write the averaged weights."""
-    from diffsynth.models.model_manager import ModelManager
-    from train.tiny.export import VAE_FILE
-
     torch.manual_seed(seed)
     vae = (
         ModelManager(torch_dtype=torch.float32, device="cpu")
@@ -120,10 +114,10 @@ def train(out: Path, weights: Path, minutes: float, seed: int) -> None:
         .fetch_model("wan_video_vae")
     )
     assert isinstance(vae, WanVideoVAE)
-    clips = Clips(vae, out / "latents.pt", seed)
+    clips = Clips(vae.to(device), out / "latents.pt", seed)
     tokenizer = Tokenizer(find_tokenizer(tiny_folder() / "x"))
     text_config = TextEncoderConfig(vocab_size=tokenizer.size, **TEXT)
-    dit, encoder = WanDiT(DIT), WanTextEncoder(text_config)
+    dit, encoder = WanDiT(DIT).to(device), WanTextEncoder(text_config).to(device)
     torch.nn.init.zeros_(dit.head.head.weight)
     torch.nn.init.normal_(encoder.token_embedding.weight, std=1.0)
     optimizer = Muon([*dit.parameters(), *encoder.parameters()], LEARNING_RATE, ADAM_LEARNING_RATE, 1e-2)
@@ -135,7 +129,8 @@ def train(out: Path, weights: Path, minutes: float, seed: int) -> None:
     while (elapsed := used + time.monotonic() - started) < minutes * 60:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * cosine(elapsed / (minutes * 60))
-        loss = flow_loss(dit, encoder, tokenizer, *clips.batch(rng))
+        latents, texts = clips.batch(rng)
+        loss = flow_loss(dit, encoder, tokenizer, latents.to(device), texts)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([*dit.parameters(), *encoder.parameters()], 1.0)
@@ -156,16 +151,6 @@ def export(run: Run, text_config: TextEncoderConfig, weights: Path) -> None:
     """Write the averaged weights."""
     for name, network in run.networks.items():
         network.load_state_dict(run.average[name])
+        network.cpu()
     write_dit(run.networks["dit"], DIT, weights)
     write_text_encoder(run.networks["text"], text_config, weights)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("outputs/tiny"))
-    parser.add_argument("--weights", type=Path, default=tiny_folder())
-    parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    train(arguments.out, arguments.weights, arguments.minutes, arguments.seed)

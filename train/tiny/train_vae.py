@@ -1,8 +1,7 @@
-"""Train the tiny VAE: `python -m train.tiny.train_vae --minutes 45`. Goes on from where it was cut off."""
+"""Train the tiny VAE; goes on from where it was cut off."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import time
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from diffsynth.models.wan.vae import VAEConfig, WanVideoVAE
 from diffsynth.models.wan.vae_layers import History
-from diffsynth.tiny import tiny_folder
 from train.tiny.data import SIZE, vae_batch
 from train.tiny.export import fold_statistics, write_vae
 from train.tiny.muon import Muon
@@ -49,19 +47,19 @@ def loss_of(back: Tensor, video: Tensor, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def psnr(vae: WanVideoVAE, num_frames: int, count: int = 8) -> float:
+def psnr(vae: WanVideoVAE, num_frames: int, count: int, device: torch.device) -> float:
     """Mean PSNR in dB over held-out clips of one length."""
-    video = vae_batch(random.Random(10_000 + num_frames), count, num_frames, SIZE, recoloured=0.0)
-    with torch.autocast("cpu", torch.bfloat16):
+    video = vae_batch(random.Random(10_000 + num_frames), count, num_frames, SIZE, recoloured=0.0).to(device)
+    with torch.autocast(device.type, torch.bfloat16):
         back, _ = reconstruct(vae, video)
     mse = (back.clamp(-1, 1) - video).square().mean(dim=(1, 2, 3, 4)) / 4
     return float((-10 * mse.log10()).mean())
 
 
-def train(out: Path, weights: Path, minutes: float, seed: int) -> None:
+def train(out: Path, weights: Path, minutes: float, seed: int, device: torch.device) -> None:
     """Train for ``minutes`` of wall clock counted over all starts; the schedule follows the clock."""
     torch.manual_seed(seed)
-    vae = WanVideoVAE(CONFIG)
+    vae = WanVideoVAE(CONFIG).to(device)
     optimizer = Muon(vae.parameters(), lr=LEARNING_RATE, adam_lr=LEARNING_RATE, weight_decay=1e-2)
     run = Run(out / "vae.pt", {"vae": vae}, optimizer)
     clock = out / "vae.seconds"
@@ -74,8 +72,8 @@ def train(out: Path, weights: Path, minutes: float, seed: int) -> None:
         num_frames = rng.choices(list(LENGTHS), list(LENGTHS.values()))[0]
         crop = SIZE if rng.random() < 0.1 + 0.4 * progress else 32
         count = max(1, min(24, PIXELS // (num_frames * crop * crop)))
-        video = vae_batch(rng, count, num_frames, crop)
-        with torch.autocast("cpu", torch.bfloat16):
+        video = vae_batch(rng, count, num_frames, crop).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
             back, latents = reconstruct(vae, video, LATENT_NOISE)
         loss = loss_of(back, video, latents)
         optimizer.zero_grad(set_to_none=True)
@@ -85,7 +83,9 @@ def train(out: Path, weights: Path, minutes: float, seed: int) -> None:
         recent.append(loss.item())
         if run.step % 200 == 0:
             mean, recent = sum(recent) / len(recent), []
-            quality = {n: round(psnr(vae, n, 4), 1) for n in ((17,) if run.step % 2000 else (1, 9, 17, 25))}
+            quality = {
+                n: round(psnr(vae, n, 4, device), 1) for n in ((17,) if run.step % 2000 else (1, 9, 17, 25))
+            }
             print(
                 f"step {run.step} {elapsed / 60:.1f} min loss {mean:.4f} "
                 f"deviation {latents.std():.2f} dB {quality}",
@@ -98,32 +98,22 @@ def train(out: Path, weights: Path, minutes: float, seed: int) -> None:
             clock.write_text(str(elapsed))
     run.save()
     clock.write_text(str(minutes * 60))
-    export(run, weights)
+    export(run, weights, device)
 
 
-def export(run: Run, weights: Path) -> None:
+def export(run: Run, weights: Path, device: torch.device) -> None:
     """Write the averaged weights, with the latents' statistics folded in."""
     vae = run.networks["vae"]
     assert isinstance(vae, WanVideoVAE)
     vae.load_state_dict(run.average["vae"])
     with torch.no_grad():
         clips = (vae_batch(random.Random(n), 64, 17, SIZE, recoloured=0.0) for n in range(4))
-        latents = torch.cat([vae.encode(clip, normalise=False, chunk_frames=16) for clip in clips])
+        latents = torch.cat([vae.encode(clip, normalise=False, chunk_frames=16) for clip in clips]).cpu()
+    vae.cpu()
     fold_statistics(vae, latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4)))
     write_vae(vae, weights)
     print(
         "held out, averaged weights, dB:",
-        {n: round(psnr(vae, n, 32), 2) for n in (1, 5, 9, 17, 25)},
+        {n: round(psnr(vae, n, 32, torch.device("cpu")), 2) for n in (1, 5, 9, 17, 25)},
         flush=True,
     )
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("outputs/tiny"))
-    parser.add_argument("--weights", type=Path, default=tiny_folder())
-    parser.add_argument("--minutes", type=float, default=45.0)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    train(arguments.out, arguments.weights, arguments.minutes, arguments.seed)
