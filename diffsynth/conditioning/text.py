@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger("diffsynth")
-MAX_LISTED_WORDS = 60
+MAX_LISTED_WORDS = 200
 
 
 def clean_prompt(text: str) -> str:
