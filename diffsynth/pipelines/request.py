@@ -147,6 +147,8 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
         **parts.generation,
     }
     resolved = {k: v for k, v in resolved.items() if k in known_arguments()}
+    if given.get("cfg_scale") is not None:
+        resolved.pop("cfg_scale_low_noise", None)  # the caller's scale is meant for both experts
     resolved.update({k: v for k, v in given.items() if v is not None})
     options = _tiling(read_inputs(CallOptions, resolved), precision)
     _check_options(options, resolved)
