@@ -144,6 +144,6 @@ class DiTBlock(nn.Module):
             return fall(F.gelu(rise(x), approximate="tanh"))  # type: ignore[no-any-return]
         # The hidden layer is 2.7 to 5.8 times as wide as the stream: some tokens at a time, and over its own
         # input.
-        for part in torch.split(x, chunk_tokens, dim=1):
+        for part in torch.chunk(x, -(-x.shape[1] // chunk_tokens), dim=1):
             part.copy_(fall(torch.ops.aten.gelu_(rise(part), approximate="tanh")))
         return x

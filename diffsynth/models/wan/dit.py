@@ -30,7 +30,7 @@ from diffsynth.ops.rope import video_rotation
 
 PLANE_ORDER = ("control", "mask", "image")  # in which planes stand behind the noise
 MASK_CHANNELS = 4
-FFN_CHUNK_TOKENS = {"cpu": 768, "cuda": 8192}
+FFN_CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
