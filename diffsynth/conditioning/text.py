@@ -43,6 +43,12 @@ class TextInputs:
     cfg_scale: float = 5.0
     cfg_scale_low_noise: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, given in (("prompt", self.prompt or ""), ("negative_prompt", self.negative_prompt)):
+            texts = [given] if isinstance(given, str) else given
+            if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+                raise ArgumentError(f"{name} is {given!r}; give a text, or a list of texts.")
+
     @property
     def is_guided(self) -> bool:
         """Whether the negative side is asked for."""
@@ -69,10 +75,7 @@ class TextConditioner:
             raise ArgumentError("There is no prompt; give prompt=, or prompt_embeds=.")
         if not isinstance(inputs.prompt, str) and inputs.prompt is not None and len(inputs.prompt) == 0:
             raise ArgumentError("prompt is an empty list; give at least one text.")
-        if not inputs.is_guided and inputs.negative_prompt_embeds is not None:
-            raise ArgumentError(
-                "negative_prompt_embeds is not read when cfg_scale is 1; leave it out or raise cfg_scale."
-            )
+        _check_negatives(inputs)
         needs_encoder = inputs.prompt_embeds is None or (
             inputs.is_guided and inputs.negative_prompt_embeds is None
         )
@@ -101,12 +104,8 @@ class TextConditioner:
         negative_rows = inputs.negative_prompt_embeds
         if negative_rows is None:
             negatives = self._encode(_as_list(inputs.negative_prompt, count, "negative_prompt"), parts)
-        elif negative_rows.shape[0] in (1, count):
-            negatives = [*negative_rows.expand(count, -1, -1)]
         else:
-            raise ArgumentError(
-                f"negative_prompt_embeds has {negative_rows.shape[0]} rows; expected 1 or {count}."
-            )
+            negatives = [*negative_rows.expand(count, -1, -1)]
         return Contribution(text=(positive, _pad(_repeat(negatives, inputs.num_videos_per_prompt))))
 
     def _encode(self, texts: Sequence[str], parts: Components) -> list[Tensor]:
@@ -131,6 +130,18 @@ def _check_one_source(name: str, text: str | Sequence[str] | None, embeds: Tenso
         raise ArgumentError(f"{name} and {name}_embeds are both given; give one of them.")
     if embeds.ndim != 3:
         raise ArgumentError(f"{name}_embeds has shape {tuple(embeds.shape)}; expected (B, tokens, text_dim).")
+
+
+def _check_negatives(inputs: TextInputs) -> None:
+    rows, count = inputs.negative_prompt_embeds, inputs.num_prompts
+    if not inputs.is_guided and rows is not None:
+        raise ArgumentError(
+            "negative_prompt_embeds is not read when cfg_scale is 1; leave it out or raise cfg_scale."
+        )
+    if rows is not None and rows.shape[0] not in (1, count):
+        raise ArgumentError(f"negative_prompt_embeds has {rows.shape[0]} rows; expected 1 or {count}.")
+    if inputs.is_guided and rows is None:
+        _as_list(inputs.negative_prompt, count, "negative_prompt")
 
 
 def _as_list(texts: str | Sequence[str], count: int, name: str) -> list[str]:

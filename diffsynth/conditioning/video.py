@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -13,6 +14,8 @@ from diffsynth.video import frames_to_tensor
 
 if TYPE_CHECKING:
     from diffsynth.video import Frame
+
+logger = logging.getLogger("diffsynth")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +42,10 @@ class VideoConditioner:
                     "give input_video=, or leave denoising_strength at 1."
                 )
             return False
+        if inputs.denoising_strength == 1.0:
+            logger.warning(
+                "denoising_strength is 1: nothing of input_video is kept; 0.7 keeps its layout, 0.3 its look."
+            )
         if parts.vae is None:
             raise MissingModelError("input_video needs the VAE; load it (Wan2.1_VAE.pth).")
         return True

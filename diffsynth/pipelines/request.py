@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
+from numbers import Integral
 from typing import Any, Literal
 
 from torch import Tensor
@@ -222,20 +223,24 @@ def _check_options(options: CallOptions, resolved: Mapping[str, object]) -> None
     if options.output_type not in OUTPUT_TYPES:
         raise ArgumentError(f"output_type is {options.output_type!r}; known: {', '.join(OUTPUT_TYPES)}.")
     steps = options.num_inference_steps
-    if options.sigmas is None and (not isinstance(steps, int) or steps < 1):
+    if options.sigmas is None and (not isinstance(steps, Integral) or steps < 1):
         raise ArgumentError(f"num_inference_steps is {steps}; give 1 or more (50 is usual).")
     for name in ("cfg_scale", "cfg_scale_low_noise"):
         value = resolved.get(name)
         if value is not None and not (isinstance(value, (int, float)) and -100 < value < 100):
             raise ArgumentError(f"{name} is {value}; give a number, 1 (no guidance) to 10 are usual.")
+    if options.seed is not None and not isinstance(options.seed, Integral):
+        raise ArgumentError(f"seed is {options.seed!r}; give a whole number, or None to draw one.")
+    boundary = options.switch_DiT_boundary
+    if boundary is not None and not 0.0 <= boundary <= 1.0:
+        raise ArgumentError(f"switch_DiT_boundary is {boundary}; give 0 to 1 (0.875 for T2V-A14B).")
 
 
 def _tiling(options: CallOptions, precision: str) -> CallOptions:
     tiled = (precision == "v1") if options.tiled is None else options.tiled
     size = options.tile_size or V1_TILE_SIZE
-    stride = options.tile_stride or (
-        V1_TILE_STRIDE if options.tile_size is None else (max(1, size[0] // 2), max(1, size[1] // 2))
-    )
+    halves = tuple(max(1, edge // 2) for edge in size)
+    stride = options.tile_stride or (V1_TILE_STRIDE if options.tile_size is None else halves)
     for name, pair in (("tile_size", size), ("tile_stride", stride)):
         if len(pair) != 2 or min(pair) < 1:
             raise ArgumentError(
@@ -263,7 +268,7 @@ def _geometry(options: CallOptions, parts: PipelineComponents, num_videos: int) 
 
 
 def _snapped(name: str, value: int | None, multiple: int, strict: bool) -> int:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, Integral) or value < 1:
         raise ArgumentError(f"{name} is {value}; give a number of pixels, a multiple of {multiple}.")
     up = -(-value // multiple) * multiple
     if up != value:
@@ -274,7 +279,7 @@ def _snapped(name: str, value: int | None, multiple: int, strict: bool) -> int:
 
 
 def _snapped_frames(value: int | None, strict: bool) -> int:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, Integral) or value < 1:
         raise ArgumentError(f"num_frames is {value}; give 4 k + 1, such as 81 (1 makes a picture).")
     near = (value + 2) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
     if value % TEMPORAL_STRIDE == 1:

@@ -301,9 +301,15 @@ def _draw_noise(request: VideoRequest) -> tuple[Tensor, int | None]:
         seed = int(torch.randint(0, 2**31 - 1, ()))
         logger.info("seed=%d was drawn.", seed)
     rows = []
+    try:
+        generator = torch.Generator(options.rand_device)
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"rand_device is {options.rand_device!r}; give 'cpu', or 'cuda' where there is a GPU."
+        ) from error
     for index in range(shape[0]):
         # float32 on the CPU whatever the device, unless asked otherwise: one seed, one video, on every
         # machine.
-        generator = torch.Generator(options.rand_device).manual_seed(seed + index)
+        generator.manual_seed(seed + index)
         rows.append(torch.randn((1, *shape[1:]), generator=generator, device=options.rand_device))
     return torch.cat(rows), seed

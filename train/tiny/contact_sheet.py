@@ -1,4 +1,4 @@
-"""Draw what the tiny Wan makes of random captions: `python -m train.tiny.contact_sheet docs/tiny_samples.png`."""
+"""Show what the tiny Wan makes of captions: `python -m train.tiny.contact_sheet docs/tiny_samples.png`."""
 
 from __future__ import annotations
 
