@@ -174,7 +174,8 @@ def _settings(pipe: WanVideoPipeline, fps: float, index: int, *, is_picture: boo
     seed = settings.get("seed")
     if isinstance(seed, int):
         settings["seed"] = seed + index
-    settings.pop("num_videos_per_prompt", None)
+    for name in ("num_videos_per_prompt", "strict"):  # of the run, not of this video
+        settings.pop(name, None)
     sources = {part: "/".join(Path(source).parts[-2:]) for part, source in pipe.parts.sources.items()}
     rate = {} if is_picture else {"fps": fps}
     return {"diffsynth": __version__, **settings, **rate, "precision": pipe.precision, "models": sources}
