@@ -44,7 +44,8 @@ class TextInputs:
     cfg_scale_low_noise: float | None = None
 
     def __post_init__(self) -> None:
-        for name, given in (("prompt", self.prompt or ""), ("negative_prompt", self.negative_prompt)):
+        prompt = "" if self.prompt is None else self.prompt
+        for name, given in (("prompt", prompt), ("negative_prompt", self.negative_prompt)):
             texts = [given] if isinstance(given, str) else given
             if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
                 raise ArgumentError(f"{name} is {given!r}; give a text, or a list of texts.")

@@ -1,0 +1,111 @@
+"""What other people's scripts rely on. A change here is a decision, and belongs into the changelog."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+import diffsynth
+from diffsynth.cli.app import app
+from diffsynth.models.model_manager import ModelManager
+from diffsynth.pipelines.wan_video import WanVideoPipeline
+
+NAMES = [
+    "ModelManager", "VideoData", "VideoWriter", "WanVideoPipeline", "download_customized_models",
+    "download_models", "read_metadata", "save_frames", "save_image", "save_video",
+]  # fmt: skip
+
+# arguments of pipe() and their defaults; None is the model's own
+CALL: dict[str, Any] = {
+    "callback_on_step_end": None, "cfg_scale": None, "cfg_scale_low_noise": None, "control_video": None,
+    "denoising_strength": 1.0, "end_image": None, "height": None, "input_image": None, "input_video": None,
+    "latents": None, "motion_bucket_id": None, "negative_prompt": "", "negative_prompt_embeds": None,
+    "num_frames": None, "num_inference_steps": None, "num_videos_per_prompt": 1, "output_type": "pil",
+    "progress_bar_st": None, "prompt": None, "prompt_embeds": None, "rand_device": "cpu",
+    "reference_image": None, "sampler": None, "seed": None, "sigma_shift": None, "sigmas": None,
+    "step_cache": None, "strict": False, "switch_DiT_boundary": None, "tea_cache_l1_thresh": None,
+    "tea_cache_model_id": "", "tile_size": None, "tile_stride": None, "tiled": None, "timesteps": None,
+    "vace_reference_image": None, "vace_scale": 1.0, "vace_video": None, "vace_video_mask": None,
+    "width": None,
+}  # fmt: skip
+
+FLAGS = {
+    "diffsynth": {"--version"},
+    "generate": {
+        "prompt", "--cfg-scale", "--cfg-scale-low-noise", "--codec", "--crf", "--debug",
+        "--denoising-strength", "--device", "--dit", "--download", "--dtype", "--fps", "--height",
+        "--input-video", "--model",
+        "--negative-prompt", "--no-tiled", "--num-frames", "--num-inference-steps", "--num-videos-per-prompt",
+        "--out", "--pix-fmt", "--precision", "--quality", "--quiet", "--sampler", "--seed", "--sigma-shift",
+        "--steps", "--strict", "--switch-dit-boundary", "--tile-size", "--tile-stride", "--tiled",
+        "--tokenizer-path", "--width", "-o", "-q",
+    },
+    "inspect": {"paths", "--json"},
+    "doctor": {"--json"},
+}  # fmt: skip
+
+
+def defaults(function: Any) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def test_public_names() -> None:
+    assert sorted(diffsynth.__all__) == NAMES
+    assert all(getattr(diffsynth, name) is not None for name in NAMES)
+    assert set(NAMES) <= set(dir(diffsynth))
+    with pytest.raises(AttributeError, match="no attribute 'SDXLPipeline'"):
+        _ = diffsynth.SDXLPipeline
+
+
+def test_signature_of_a_call() -> None:
+    signature = inspect.signature(WanVideoPipeline.__call__)
+    assert list(signature.parameters)[:3] == ["self", "prompt", "negative_prompt"]
+    told = defaults(WanVideoPipeline.__call__)
+    assert callable(told.pop("progress_bar_cmd"))
+    assert told == CALL
+    keyword_only = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    assert set(keyword_only) == {*CALL, "progress_bar_cmd"} - {"prompt", "negative_prompt"}
+
+
+def test_signatures_of_loading() -> None:
+    assert list(inspect.signature(ModelManager).parameters)[:2] == ["torch_dtype", "device"]
+    loading = inspect.signature(ModelManager.load_models).parameters
+    assert list(loading) == ["self", "file_path_list", "model_names", "device", "torch_dtype"]
+    assert defaults(ModelManager.fetch_model) == {"file_path": None, "require_model_path": False}
+    assert defaults(WanVideoPipeline.from_model_manager) == {
+        "torch_dtype": None, "device": None, "use_usp": False, "dit": None, "tokenizer_path": None,
+        "precision": "official",
+    }  # fmt: skip
+    pretrained = {"device", "dit", "download", "precision", "tokenizer_path", "torch_dtype"}
+    assert set(defaults(WanVideoPipeline.from_pretrained)) == pretrained
+    saving = defaults(diffsynth.save_video)
+    assert set(saving) == {"fps", "quality", "ffmpeg_params", "crf", "codec", "pix_fmt", "metadata"}
+
+
+def test_commands_and_flags() -> None:
+    root: Any = typer.main.get_command(app)
+    told = {"diffsynth": root, **root.commands}
+    spelled = {
+        name: {
+            spelling
+            for parameter in command.params
+            for spelling in (*parameter.opts, *parameter.secondary_opts)
+            if spelling not in ("--help", "-h")
+        }
+        for name, command in told.items()
+    }
+    assert spelled == FLAGS
+
+
+@pytest.mark.parametrize("module", ["diffsynth", "diffsynth.cli.app", "diffsynth.tiny", "diffsynth.video"])
+def test_importing_costs_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode == 0, f"import {module} imports torch"

@@ -1,0 +1,107 @@
+"""Which expert answers when, and what is kept between the calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffsynth.conditioning.conditions import Conditions
+from diffsynth.denoising.expert import Expert, Experts
+from diffsynth.denoising.guidance import guided
+from diffsynth.errors import ArgumentError
+from diffsynth.models.wan.dit import WanDiT
+from diffsynth.sampling.registry import SAMPLERS
+from tests.golden_recipe import recipe_state_dict
+from tests.toys import TOY_DIT
+
+
+def expert(seed: int = 0) -> Expert:
+    dit = WanDiT(TOY_DIT)
+    dit.load_state_dict(
+        recipe_state_dict({name: tuple(t.shape) for name, t in dit.state_dict().items()}, seed)
+    )
+    return Expert(dit=dit.eval().requires_grad_(False))
+
+
+def side(seed: int) -> Conditions:
+    return Conditions(text=torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(seed)))
+
+
+def at(timestep: float) -> torch.Tensor:
+    return torch.full((1,), timestep, dtype=torch.float64)
+
+
+LATENTS = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "num_steps", "shift", "boundary", "expected"),
+    [
+        pytest.param("unipc", 40, 12.0, 0.875, (26, 14), id="T2V-A14B"),
+        pytest.param("dpm++", 40, 12.0, 0.875, (26, 14), id="T2V-A14B-dpm++"),
+        pytest.param("unipc", 40, 5.0, 0.900, (15, 25), id="I2V-A14B"),
+    ],
+)
+def test_official_grids_are_shared_as_officially(
+    sampler: str, num_steps: int, shift: float, boundary: float, expected: tuple[int, int]
+) -> None:
+    experts = Experts(expert(), expert(1), boundary)
+    grid = SAMPLERS[sampler]()
+    grid.reset(num_steps, shift)
+    answers = [experts.is_high(told) for told in grid.timesteps]
+    assert answers == sorted(answers, reverse=True), "one change, from high to low"
+    assert (sum(answers), num_steps - sum(answers)) == expected
+
+
+@torch.no_grad()
+def test_the_expert_at_the_boundary_is_the_high_one() -> None:
+    high, low = expert(1), expert(2)
+    experts, positive = Experts(high, low, 0.875), side(1)
+    for timestep, owner in ((875.0, high), (874.999, low)):
+        [answer] = experts(LATENTS, at(timestep), [positive])
+        [alone] = owner.dit(LATENTS, at(timestep), [owner.dit.prepare(positive)])
+        assert torch.equal(answer, alone)
+
+
+@torch.no_grad()
+def test_clean_frames_do_not_decide_who_answers() -> None:
+    experts = Experts(expert(1), expert(2), 0.875)
+    assert experts.is_high(torch.tensor([[0.0, 900.0]])), "the step's own time is the largest"
+    assert not experts.is_high(torch.tensor([[0.0, 800.0]]))
+    assert Experts(expert()).is_high(at(1.0)), "an expert alone answers everywhere"
+
+
+@torch.no_grad()
+def test_a_branch_is_prepared_once_and_forgotten_with_its_expert() -> None:
+    high, low = expert(1), expert(2)
+    prepared: list[str] = []
+    for name, one in (("high", high), ("low", low)):
+        one.dit.text_embedding.register_forward_hook(lambda *_, name=name: prepared.append(name))
+    experts, sides = Experts(high, low, 0.5), [side(1), side(2)]
+    for timestep in (900.0, 800.0, 400.0, 300.0):
+        experts(LATENTS, at(timestep), sides)
+    assert prepared == ["high", "high", "low", "low"]
+    experts(LATENTS, at(900.0), sides)
+    assert prepared[4:] == ["high", "high"], "keys of an expert that was left are not kept"
+    experts(LATENTS, at(900.0), [side(3), sides[1]])
+    assert prepared[6:] == ["high"], "a new side is prepared, the other kept"
+
+
+@torch.no_grad()
+def test_both_sides_in_one_call_equal_two_calls() -> None:
+    one = expert()
+    positive, negative = side(1), side(2)
+    both = Experts(one)(LATENTS, at(500.0), [positive, negative])
+    alone = [Experts(one)(LATENTS, at(500.0), [s])[0] for s in (positive, negative)]
+    assert torch.equal(both[0], alone[0]) and torch.equal(both[1], alone[1])
+    mixed = guided(Experts(one), LATENTS, at(500.0), positive, negative, 3.0)
+    # lerp rounds once where the sum rounds twice
+    torch.testing.assert_close(mixed, alone[1] + 3.0 * (alone[0] - alone[1]), atol=1e-5, rtol=1e-6)
+    assert torch.equal(guided(Experts(one), LATENTS, at(500.0), positive, negative, 1.0), alone[0])
+    assert torch.equal(guided(Experts(one), LATENTS, at(500.0), positive, negative, 0.0), alone[1])
+
+
+@pytest.mark.parametrize("boundary", [-0.1, 875.0])
+def test_a_boundary_outside_of_0_to_1_is_told(boundary: float) -> None:
+    with pytest.raises(ArgumentError, match="give 0 to 1"):
+        Experts(expert(), expert(1), boundary)
