@@ -113,7 +113,8 @@ def upsample_forms(channels: int, height: int, width: int) -> Forms:
         kernels += [k.permute(1, 2, 0, 3).to(BF16).contiguous(memory_format=LAST_2D) for k in (left, right)]
 
     def phases() -> Tensor:
-        out = x.new_empty(4, channels // 2, 2 * height, 2 * width, memory_format=LAST_2D)
+        size = (4, channels // 2, 2 * height, 2 * width)
+        out = torch.empty(size, dtype=BF16, memory_format=LAST_2D)
         for index, kernel in enumerate(kernels):
             a, b = divmod(index, 2)
             part = F.conv2d(x, kernel, padding=1)
