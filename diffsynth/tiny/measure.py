@@ -1,6 +1,6 @@
 """Read from the pixels of a clip what it shows, and count how often the tiny Wan does as it is told.
 
-    python -m diffsynth.tiny.measure --captions 200 --steps 20 --sampler all
+    python -m diffsynth.tiny.measure --captions 200 --steps 20
 
 Letters: F frames, H W height and width. Lengths are pixels of a 64 x 64 frame, whatever the size of the clip.
 """
@@ -276,14 +276,15 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     add("--model", default=str(tiny_folder()), help="folder of the model; default: the tiny Wan that ships")
     add("--captions", type=int, default=200, help="number of captions")
     add("--steps", type=int, default=20, help="denoising steps")
-    add("--sampler", choices=("all", *SAMPLERS), default="unipc")
+    add("--sampler", choices=("all", *SAMPLERS), default="all")
     add("--cfg-scale", type=float, default=None, help="strength of guidance; default: the model's own")
     add("--seed", type=int, default=0, help="of the captions and of the noise")
     add("--num-frames", type=int, default=17)
     add("--batch", type=int, default=10, help="clips made at once")
     add(
         "--two-shapes",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="also measure captions with two shapes, in rows of their own",
     )
     add("--device", default="cpu")
@@ -308,7 +309,7 @@ def main(words: Sequence[str] | None = None) -> int:
     given = _arguments(words)
     # By name: this folder stands below the pipeline in the tree, and must not lean on it when imported.
     pipeline = importlib.import_module("diffsynth").WanVideoPipeline
-    pipe = pipeline.from_pretrained(given.model, device=given.device)
+    pipe = pipeline.from_pretrained(given.model, torch_dtype=torch.float32, device=given.device)
     guidance = {} if given.cfg_scale is None else {"cfg_scale": given.cfg_scale}
     if not given.json:
         titles = ("colour", "shape", "motion", "all three", "background", "count")

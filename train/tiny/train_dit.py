@@ -37,7 +37,7 @@ DIT = DiTConfig(
     text_len=64,
 )
 TEXT = {"dim": 128, "dim_attn": 128, "dim_ffn": 256, "num_heads": 4, "num_layers": 3}
-CLIPS = {17: 12000, 9: 2000, 25: 2000, 5: 1500, 1: 500}  # encoded once, by number of frames
+CLIPS = {17: 9000, 9: 1500, 25: 1500, 5: 1000, 1: 500}  # encoded once, by number of frames
 BATCH = 64
 LEARNING_RATE, ADAM_LEARNING_RATE = 1e-2, 2e-3
 SHIFT = 3.0  # noise levels lean to the noisy end, where colour, shape and place are decided

@@ -1,0 +1,119 @@
+"""The tiny Wan that ships does as it is told: its videos are measured, not admired."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffsynth import WanVideoPipeline
+from diffsynth.tiny import tiny_folder
+from diffsynth.tiny.draw import draw_batch, draw_clip
+from diffsynth.tiny.grammar import Scene, Thing, caption, parse_caption, random_scene
+from diffsynth.tiny.measure import judge, measure_clip, tally
+
+CAPTIONS = 24
+
+
+@pytest.fixture(scope="module")
+def pipe() -> WanVideoPipeline:
+    return WanVideoPipeline.from_pretrained(tiny_folder(), torch_dtype=torch.float32, device="cpu")
+
+
+def _captions(count: int, seed: int, num_frames: int = 17) -> list[str]:
+    rng = random.Random(seed)
+    return [caption(random_scene(rng, 1, num_frames), rng) for _ in range(count)]
+
+
+def test_package_data_stays_small() -> None:
+    files = [f for f in tiny_folder().rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 12_000_000
+
+
+@pytest.mark.parametrize("sampler", ["euler", "unipc", "dpm++"])
+def test_videos_show_what_captions_say(sampler: str, pipe: WanVideoPipeline) -> None:
+    captions = _captions(CAPTIONS // 3, seed=100 + len(sampler))
+    clips = pipe(captions, seed=7, sampler=sampler, output_type="np")
+    row = tally(sampler, captions, list(clips), 1.0)
+    # 8 clips: one slip of each kind passes; shares over 200 captions are in the README.
+    assert row.colour >= 87 and row.shape >= 75 and row.motion >= 75, row
+
+
+@pytest.mark.parametrize("num_frames", [5, 9, 25])
+def test_other_lengths_work(num_frames: int, pipe: WanVideoPipeline) -> None:
+    captions = _captions(6, seed=num_frames, num_frames=num_frames)
+    clips = pipe(captions, seed=3, num_frames=num_frames, output_type="np")
+    assert clips.shape == (6, num_frames, 64, 64, 3)
+    row = tally("unipc", captions, list(clips), 1.0)
+    assert row.colour >= 66 and row.shape >= 66, row
+
+
+def test_one_frame_is_a_picture(pipe: WanVideoPipeline) -> None:
+    captions = [
+        f"a {colour} {shape}" for colour, shape in (("red", "circle"), ("blue", "square"), ("green", "star"))
+    ]
+    clips = pipe(captions, seed=5, num_frames=1, output_type="np")
+    found = [measure_clip(clip) for clip in clips]
+    assert sum(bool(f) and f[0].colour in text for f, text in zip(found, captions, strict=True)) >= 2
+
+
+def test_guidance_pulls_towards_the_prompt(pipe: WanVideoPipeline) -> None:
+    """Without guidance more captions fail than with it, from the same noise."""
+    captions = _captions(12, seed=1)
+    rights = []
+    for scale in (1.0, None):
+        clips = pipe(captions, seed=11, cfg_scale=scale, output_type="np")
+        rights.append(
+            sum(
+                judge(parse_caption(t), measure_clip(c)).all_three
+                for t, c in zip(captions, clips, strict=True)
+            )
+        )
+    assert rights[1] >= rights[0]
+
+
+def test_video_to_video_keeps_place_and_motion_and_changes_the_colour(pipe: WanVideoPipeline) -> None:
+    thing = Thing(shape="circle", colour="red", motion="right", x=20.0, y=30.0, radius=11.0)
+    source = draw_clip(Scene(background="black", things=(thing,)))
+    video = pipe(
+        "a blue circle moves right on a black background",
+        input_video=source.float() / 255,
+        denoising_strength=0.85,
+        seed=2,
+        output_type="np",
+    )
+    [before, after] = measure_clip(source.permute(0, 2, 3, 1).numpy())[:1] + measure_clip(video[0])[:1]
+    assert after.motion == "right" and abs(after.y - before.y) < 8
+
+
+def test_vae_brings_back_held_out_clips(pipe: WanVideoPipeline) -> None:
+    rng = random.Random(987)
+    for num_frames in (17, 25):
+        video = draw_batch([random_scene(rng, 1 + i % 2, num_frames) for i in range(4)], num_frames)
+        with torch.no_grad():
+            back = pipe.vae.decode(pipe.vae.encode(video)).clamp(-1, 1)
+        mse = (back - video).square().mean(dim=(1, 2, 3, 4)) / 4
+        assert float((-10 * mse.log10()).mean()) >= 32, f"{num_frames} frames"
+
+
+def test_latents_have_the_official_statistics(pipe: WanVideoPipeline) -> None:
+    rng = random.Random(654)
+    video = draw_batch([random_scene(rng) for _ in range(16)])
+    with torch.no_grad():
+        latents = pipe.vae.encode(video)
+    assert latents.mean().abs() < 0.15 and 0.8 < latents.std() < 1.2
+
+
+def test_the_same_seed_gives_the_same_frames(pipe: WanVideoPipeline, tmp_path: Path) -> None:
+    first, second = (
+        pipe("a green star grows", seed=1, num_inference_steps=4, output_type="np") for _ in range(2)
+    )
+    assert np.array_equal(first, second)
+
+
+def test_unknown_words_are_named(pipe: WanVideoPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    pipe("a red elephant", seed=1, num_inference_steps=1, output_type="latent")
+    assert "elephant" in caplog.text and "circle" in caplog.text
