@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from diffsynth.checkpoints.architecture import Config, Match
 from diffsynth.errors import ConfigurationError, IncompleteCheckpointError, UnsupportedModelError
@@ -34,12 +34,8 @@ def build(match: Match, dtype: torch.dtype | None = None, device: str | torch.de
         ConfigurationError: when a size is missing; names the key.
         IncompleteCheckpointError: when tensors are missing, unknown or of another shape; names them.
     """
-    import torch
-
     config = match.require_config()
-    network_class = load_class(match)
-    with torch.device("meta"):
-        network = network_class.from_config(config)
+    network = _empty(load_class(match), config)
     _check_tensors(match, network)
     weights = {name: match.checkpoint.tensor(name, device, dtype) for name in match.checkpoint.shapes}
     network.load_state_dict(weights, strict=True, assign=True)
@@ -52,6 +48,25 @@ def build(match: Match, dtype: torch.dtype | None = None, device: str | torch.de
             "not in its checkpoint out of its buffers."
         )
     return network.requires_grad_(False).eval()
+
+
+def _empty(network_class: NetworkClass, config: Config) -> nn.Module:
+    """Build a network without memory and without drawing initial weights, which the file replaces."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class NoInitialWeights(TorchFunctionMode):
+        # Drawing on the meta device makes torch import its compiler: over a second, for nothing.
+        def __torch_function__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            given = kwargs or {}
+            if getattr(func, "__module__", None) == "torch.nn.init" or func is torch.Tensor.normal_:
+                return given["tensor"] if "tensor" in given else args[0]
+            return func(*args, **given)
+
+    with torch.device("meta"), NoInitialWeights():
+        return network_class.from_config(config)
 
 
 def load_class(match: Match) -> NetworkClass:

@@ -72,17 +72,14 @@ def modulated_layer_norm(
 ) -> Tensor:
     """LayerNorm(x) (1 + scale) + shift; x (B, L, D), shift and scale (B, K, D) float32; returns x's dtype."""
     width = x.shape[-1:]
+    is_fused = x.shape[0] == 1 and (x.dtype == torch.float32 or x.device.type == "cpu")
+    if is_fused and len(spans) == 1 and isinstance(spans[0].row, int):
+        # One row of modulation serves all: it is the norm's own gain and bias, one fused kernel.
+        gain, bias = 1 + spans[0].of(scale), spans[0].of(shift)
+        return F.layer_norm(x, width, gain.flatten(), bias.flatten(), eps)
 
     def work(part: Tensor, span: Span) -> Tensor:
-        gain, bias = 1 + span.of(scale), span.of(shift)
-        if (
-            part.shape[0] == 1
-            and gain.shape[1] == 1
-            and (part.dtype == torch.float32 or part.device.type == "cpu")
-        ):
-            # One row of modulation serves all: it is the norm's own gain and bias, one fused kernel.
-            return F.layer_norm(part, width, gain.flatten(), bias.flatten(), eps)
-        return torch.addcmul(bias, F.layer_norm(part.float(), width, eps=eps), gain)
+        return torch.addcmul(span.of(shift), F.layer_norm(part.float(), width, eps=eps), 1 + span.of(scale))
 
     return _walk(x, spans, work, None if torch.is_grad_enabled() else torch.empty_like(x))
 

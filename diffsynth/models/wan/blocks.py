@@ -122,7 +122,8 @@ class DiTBlock(nn.Module):
             nn.GELU(approximate="tanh"),
             nn.Linear(sizes.ffn_dim, sizes.dim),
         )
-        self.modulation = nn.Parameter(torch.randn(1, 6, sizes.dim) / sizes.dim**0.5)
+        self.modulation = nn.Parameter(torch.empty(1, 6, sizes.dim))
+        nn.init.normal_(self.modulation, std=sizes.dim**-0.5)
 
     def forward(self, x: Tensor, rotation: Tensor, keys: CrossKeys, call: Call) -> Tensor:
         """X (B, L, D) -> (B, L, D)."""

@@ -147,7 +147,8 @@ class Head(nn.Module):
         super().__init__()
         self.eps = eps
         self.head = nn.Linear(dim, out_channels)
-        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.modulation = nn.Parameter(torch.empty(1, 2, dim))
+        nn.init.normal_(self.modulation, std=dim**-0.5)
 
     def forward(self, x: Tensor, embedded_time: Tensor, clock: Tensor | None) -> Tensor:
         """X (B, L, D), embedded_time (B, K, D) -> (B, L, out_channels) float32."""

@@ -119,7 +119,7 @@ def run_levels(
     for layer in layers:
         x = layer(x, history)
     norm, activation, conv = head
-    return conv(activation(norm(x)), history)  # type: ignore[no-any-return]
+    return conv(norm(x, activation), history)  # type: ignore[no-any-return]
 
 
 class WanVideoVAE(nn.Module):
