@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+SAVE_CLOCK_EVERY_S = 20.0
+
 
 def save_whole(state: dict[str, object], path: Path) -> None:
     """Write beside the target, then rename: a cut leaves the state before, never half a file."""
@@ -61,6 +63,25 @@ class Run:
         state = {"step": self.step, "networks": networks, "average": self.average}
         save_whole({**state, "optimizer": self.optimizer.state_dict()}, self.path)
         self._saved_at = time.monotonic()
+
+
+class Clock:
+    """Wall-clock time that a run has used, over all its starts."""
+
+    def __init__(self, path: Path, minutes: float) -> None:
+        self._path, self._budget_s = path, minutes * 60
+        self._used_s = float(path.read_text()) if path.exists() else 0.0
+        self._started = self._saved_at = time.monotonic()
+
+    def progress(self) -> float:
+        """Share of the minutes that is used, from 0."""
+        return (self._used_s + time.monotonic() - self._started) / self._budget_s
+
+    def save(self) -> None:
+        """Note the time now and then."""
+        if time.monotonic() - self._saved_at > SAVE_CLOCK_EVERY_S:
+            self._saved_at = time.monotonic()
+            self._path.write_text(str(self.progress() * self._budget_s))
 
 
 def _copy(net: nn.Module) -> dict[str, Tensor]:

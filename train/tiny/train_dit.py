@@ -23,7 +23,7 @@ from diffsynth.tiny.grammar import Scene, caption
 from train.tiny.data import SIZE, draw_scenes
 from train.tiny.export import VAE_FILE, write_dit, write_text_encoder
 from train.tiny.muon import Muon
-from train.tiny.state import Run, cosine, save_whole
+from train.tiny.state import Clock, Run, cosine, save_whole
 
 DIT = DiTConfig(
     dim=160,
@@ -72,12 +72,11 @@ class Clips:
 
 
 @torch.no_grad()
-def _encode(vae: WanVideoVAE, scenes: list[Scene], num_frames: int, at_once: int = 16) -> Tensor:
+def _encode(vae: WanVideoVAE, scenes: list[Scene], num_frames: int, at_once: int = 8) -> Tensor:
     rows, device = [], vae.conv1.weight.device
     for start in range(0, len(scenes), at_once):
         video = draw_batch(scenes[start : start + at_once], num_frames, SIZE)
-        with torch.autocast(device.type, torch.bfloat16):
-            rows.append(vae.encode(video, chunk_frames=24).to("cpu", torch.float16))
+        rows.append(vae.encode(video.to(device), chunk_frames=24).to("cpu", torch.float16))
     return torch.cat(rows)
 
 
@@ -109,7 +108,7 @@ def train(out: Path, weights: Path, minutes: float, seed: int, device: torch.dev
     """Train for ``minutes`` of wall clock counted over all starts; write the averaged weights."""
     torch.manual_seed(seed)
     vae = (
-        ModelManager(torch_dtype=torch.float32, device="cpu")
+        ModelManager(torch_dtype=torch.bfloat16, device="cpu")
         .load_models([weights / VAE_FILE])
         .fetch_model("wan_video_vae")
     )
@@ -122,13 +121,12 @@ def train(out: Path, weights: Path, minutes: float, seed: int, device: torch.dev
     torch.nn.init.normal_(encoder.token_embedding.weight, std=1.0)
     optimizer = Muon([*dit.parameters(), *encoder.parameters()], LEARNING_RATE, ADAM_LEARNING_RATE, 1e-2)
     run = Run(out / "dit.pt", {"dit": dit, "text": encoder}, optimizer, ema=0.999)
-    clock = out / "dit.seconds"
-    used = float(clock.read_text()) if clock.exists() else 0.0
-    rng, started, recent = random.Random(seed + run.step), time.monotonic(), []
+    clock = Clock(out / "dit.seconds", minutes)
+    rng, recent = random.Random(seed + run.step), []
     torch.manual_seed(seed + run.step)
-    while (elapsed := used + time.monotonic() - started) < minutes * 60:
+    while (progress := clock.progress()) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * cosine(elapsed / (minutes * 60))
+            group["lr"] = group["initial_lr"] * cosine(progress)
         latents, texts = clips.batch(rng)
         loss = flow_loss(dit, encoder, tokenizer, latents.to(device), texts)
         optimizer.zero_grad(set_to_none=True)
@@ -137,13 +135,11 @@ def train(out: Path, weights: Path, minutes: float, seed: int, device: torch.dev
         optimizer.step()
         recent.append(loss.item())
         if run.step % 100 == 0:
-            print(f"step {run.step} {elapsed / 60:.1f} min loss {sum(recent) / len(recent):.4f}", flush=True)
+            print(f"step {run.step} {progress:.0%} loss {sum(recent) / len(recent):.4f}", flush=True)
             recent = []
         run.advance(lambda text: print(text, flush=True))
-        if run.step % 50 == 0:
-            clock.write_text(str(elapsed))
+        clock.save()
     run.save()
-    clock.write_text(str(minutes * 60))
     export(run, text_config, weights)
 
 

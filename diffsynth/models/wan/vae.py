@@ -25,6 +25,7 @@ from diffsynth.models.wan.vae_layers import (
     ResidualBlock,
     RMSNorm,
     Upsample,
+    channels_last,
 )
 from diffsynth.ops.tiling import Tile, blend_mask, tile_starts
 
@@ -251,7 +252,7 @@ class WanVideoVAE(nn.Module):
 
     def _ready(self, chunk: Tensor) -> Tensor:
         weight = self.conv1.weight
-        return chunk.to(weight.device, weight.dtype, memory_format=torch.channels_last_3d)
+        return channels_last(chunk.to(weight.device, weight.dtype))
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         # Not buffers: a network built on meta would lose them.

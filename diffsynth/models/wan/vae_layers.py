@@ -35,7 +35,7 @@ class History:
 
     def keep(self, layer: nn.Module, frames: Tensor | None) -> None:
         """Store the frames; a clone, so that the chunk they were cut from can be freed."""
-        self._frames[layer] = None if frames is None else frames.clone()
+        self._frames[layer] = None if frames is None else frames.clone(memory_format=torch.channels_last_3d)
 
 
 class CausalConv3d(nn.Conv3d):
@@ -49,19 +49,20 @@ class CausalConv3d(nn.Conv3d):
         """(B, C, F, H, W) -> (B, C', F, H, W). Kernels longer than one frame need ``history``."""
         num_past = self.kernel_size[0] - 1
         if num_past == 0 or history is None:
-            return super().forward(x)
+            return channels_last(super().forward(x))
         past = history.recall(self)
         if past is None and x.shape[2] == 1:
             # Before the clip there are zeros: only the last tap of the kernel meets a frame. A third of the
             # work.
             history.keep(self, x)
             first = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:])  # type: ignore[arg-type]
-            return first.unsqueeze(2)
+            return channels_last(first.unsqueeze(2))
         missing = num_past - (0 if past is None else past.shape[2])
-        pieces = [x.new_zeros(*x.shape[:2], missing, *x.shape[3:])] if missing else []
+        pieces = [channels_last(x.new_zeros(*x.shape[:2], missing, *x.shape[3:]))] if missing else []
         joined = torch.cat([*pieces, *(() if past is None else (past,)), x], dim=2)
         history.keep(self, joined[:, :, -num_past:])
-        return super().forward(joined)
+        # PyTorch gives small convolutions of one sample back in the plain layout, whatever it was given.
+        return channels_last(super().forward(joined))
 
 
 class RMSNorm(nn.Module):
@@ -208,7 +209,8 @@ class Upsample(nn.Module):
             if x.shape[2] == 0:
                 return alone[0]
         even, odd = self.time_conv(x, history).chunk(2, dim=1)
-        doubled = torch.stack([even, odd], dim=3).flatten(2, 3)
+        # Stacked behind the frames as they lie in memory: (B, T, 2, H, W, C).
+        doubled = torch.stack([t.movedim(1, -1) for t in (even, odd)], dim=2).flatten(1, 2).movedim(-1, 1)
         return torch.cat([*alone, doubled], dim=2) if alone else doubled
 
 
@@ -237,6 +239,11 @@ def convolve_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         row, column = divmod(index, 2)
         out[:, :, row::2, column::2] = phase[:, :, row : row + h, column : column + w]
     return out
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(B, C, F, H, W) with the channels of a position side by side in memory."""
+    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def fold_frames(x: Tensor) -> Tensor:
