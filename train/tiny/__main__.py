@@ -1,4 +1,6 @@
-"""Make the tiny Wan from nothing: `python -m train.tiny`. VAE, its decoder once more, then the DiT with its text encoder.
+"""Make the tiny Wan from nothing: `python -m train.tiny`.
+
+First the VAE, then its decoder once more, then the DiT with its text encoder.
 
 Runs about two hours on two CPU cores, minutes on a GPU; may be cut off at any moment and started again. The
 learning rate follows the clock, so that a run ends when it is told to; weights therefore differ a little from

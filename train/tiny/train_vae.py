@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffsynth.models.wan.vae import LATENT_MEAN, LATENT_STD, VAEConfig, WanVideoVAE
-from diffsynth.models.wan.vae_layers import History
+from diffsynth.models.wan.vae_layers import History, channels_last
 from train.tiny.data import SIZE, vae_batch
 from train.tiny.export import VAE_FILE, fold_statistics, write_vae
 from train.tiny.muon import Muon
@@ -112,6 +112,8 @@ def polish(out: Path, weights: Path, minutes: float, seed: int, device: torch.de
     run = Run(out / "polish.pt", {"decoder": decoder}, optimizer, ema=0.99)
     clock = Clock(out / "polish.seconds", minutes)
     rng = random.Random(seed + 77 + run.step)
+    mean = torch.tensor(LATENT_MEAN, device=device).view(1, -1, 1, 1, 1)
+    std = torch.tensor(LATENT_STD, device=device).view(1, -1, 1, 1, 1)
     while (progress := clock.progress()) < 1:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * cosine(progress, warmup=0.03, floor=0.0)
