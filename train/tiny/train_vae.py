@@ -123,11 +123,7 @@ def polish(out: Path, weights: Path, minutes: float, seed: int, device: torch.de
             latents = vae.encode(video, chunk_frames=24)
             latents = latents + 0.03 * torch.randn_like(latents) * latents.std()
         with torch.autocast(device.type, torch.bfloat16):
-            mean, std = (
-                torch.tensor(t, device=device).view(1, -1, 1, 1, 1) for t in (LATENT_MEAN, LATENT_STD)
-            )
-            packed = (latents * std + mean).contiguous(memory_format=torch.channels_last_3d)
-            back = vae.decoder(vae.conv2(packed), History()).float()
+            back = vae.decoder(vae.conv2(channels_last(latents * std + mean)), History()).float()
         error = back - video
         loss = 10 * error.square().mean() + 0.1 * error.abs().mean()
         optimizer.zero_grad(set_to_none=True)
@@ -135,10 +131,8 @@ def polish(out: Path, weights: Path, minutes: float, seed: int, device: torch.de
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
         if run.step % 50 == 0:
-            print(
-                f"polish {run.step} {progress:.0%} loss {loss.item():.4f} dB {psnr(vae, 17, 4, device):.2f}",
-                flush=True,
-            )
+            quality = psnr(vae, 17, 4, device)
+            print(f"polish {run.step} {progress:.0%} loss {loss.item():.4f} dB {quality:.2f}", flush=True)
         run.advance(lambda text: print(text, flush=True))
         clock.save()
     run.save()
