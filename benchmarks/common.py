@@ -36,7 +36,7 @@ class Row:
     ours: Sequence[float]
     peer_name: str = ""
     peer: Sequence[float] = ()
-    goal: str = ""  # as in design.md or facts/performance.md, in words
+    goal: str = ""  # in words
     notes: str = ""
     extra: Mapping[str, object] = field(default_factory=dict)
 
