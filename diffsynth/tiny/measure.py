@@ -324,7 +324,7 @@ def main(words: Sequence[str] | None = None) -> int:
             clips: list[object] = []
             began = time.perf_counter()
             for first in range(0, len(captions), given.batch):
-                clips += pipe(
+                made = pipe(
                     prompt=captions[first : first + given.batch],
                     seed=given.seed + first,
                     num_inference_steps=given.steps,
@@ -336,6 +336,7 @@ def main(words: Sequence[str] | None = None) -> int:
                     progress_bar_cmd=lambda steps, **_: steps,
                     **guidance,
                 )
+                clips.extend(made)  # an array adds itself to a list as to another array
             row = tally(sampler, captions, clips, time.perf_counter() - began)
             _write_row(row, as_json=given.json)
     return 0

@@ -39,7 +39,7 @@ DIT = DiTConfig(
 TEXT = {"dim": 128, "dim_attn": 128, "dim_ffn": 256, "num_heads": 4, "num_layers": 3}
 CLIPS = {17: 9000, 9: 1500, 25: 1500, 5: 1000, 1: 500}  # encoded once, by number of frames
 BATCH = 64
-LEARNING_RATE, ADAM_LEARNING_RATE = 1e-2, 2e-3
+LEARNING_RATE, ADAM_LEARNING_RATE = 4e-3, 1.5e-3
 SHIFT = 3.0  # noise levels lean to the noisy end, where colour, shape and place are decided
 EMPTY_PROMPTS = 0.1  # share of captions left out, so that guidance has something to lead away from
 
@@ -126,7 +126,8 @@ def train(out: Path, weights: Path, minutes: float, seed: int, device: torch.dev
     torch.manual_seed(seed + run.step)
     while (progress := clock.progress()) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * cosine(progress)
+            rate = LEARNING_RATE if group["muon"] else ADAM_LEARNING_RATE
+            group["lr"] = rate * cosine(progress)
         latents, texts = clips.batch(rng)
         loss = flow_loss(dit, encoder, tokenizer, latents.to(device), texts)
         optimizer.zero_grad(set_to_none=True)
