@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--vae-minutes", type=float, default=55.0)
     parser.add_argument("--polish-minutes", type=float, default=10.0)
     parser.add_argument("--dit-minutes", type=float, default=60.0)
+    parser.add_argument("--go-on", action="store_true", help="train the finished DiT further, in a new run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
@@ -39,7 +40,7 @@ def main() -> None:
     if given.stage in ("all", "polish"):
         train_vae.polish(given.out, given.weights, given.polish_minutes, given.seed, device)
     if given.stage in ("all", "dit"):
-        train_dit.train(given.out, given.weights, given.dit_minutes, given.seed, device)
+        train_dit.train(given.out, given.weights, given.dit_minutes, given.seed, device, goes_on=given.go_on)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,7 +22,7 @@ from diffsynth.tiny import tiny_folder
 from diffsynth.tiny.draw import draw_batch
 from diffsynth.tiny.grammar import Scene, caption
 from train.tiny.data import SIZE, draw_scenes
-from train.tiny.export import VAE_FILE, write_dit, write_text_encoder
+from train.tiny.export import DIT_FILE, TEXT_FILE, VAE_FILE, write_dit, write_text_encoder
 from train.tiny.muon import Muon
 from train.tiny.state import Clock, Run, cosine, save_whole
 
@@ -104,8 +105,19 @@ def flow_loss(
     return (velocity - (noise - latents)).square().mean()
 
 
-def train(out: Path, weights: Path, minutes: float, seed: int, device: torch.device) -> None:
-    """Train for ``minutes`` of wall clock counted over all starts; write the averaged weights."""
+def train(
+    out: Path, weights: Path, minutes: float, seed: int, device: torch.device, *, goes_on: bool = False
+) -> None:
+    """Train for ``minutes`` of wall clock counted over all starts; write the averaged weights.
+
+    Args:
+        out: where the state of the run lies.
+        weights: where the VAE lies, and where the finished files go.
+        minutes: wall clock, over all starts.
+        seed: of everything drawn.
+        device: where it is trained.
+        goes_on: a new run starts from the finished files in ``weights`` instead of from nothing.
+    """
     torch.manual_seed(seed)
     vae = (
         ModelManager(torch_dtype=torch.bfloat16, device="cpu")
@@ -119,6 +131,9 @@ def train(out: Path, weights: Path, minutes: float, seed: int, device: torch.dev
     dit, encoder = WanDiT(DIT).to(device), WanTextEncoder(text_config).to(device)
     torch.nn.init.zeros_(dit.head.head.weight)
     torch.nn.init.normal_(encoder.token_embedding.weight, std=1.0)
+    if goes_on:
+        for network, name in ((dit, DIT_FILE), (encoder, TEXT_FILE)):
+            network.load_state_dict({k: v.float() for k, v in load_file(weights / name).items()})
     optimizer = Muon([*dit.parameters(), *encoder.parameters()], LEARNING_RATE, ADAM_LEARNING_RATE, 1e-2)
     run = Run(out / "dit.pt", {"dit": dit, "text": encoder}, optimizer, ema=0.999)
     clock = Clock(out / "dit.seconds", minutes)
