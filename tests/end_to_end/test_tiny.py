@@ -12,8 +12,8 @@ import torch
 from diffsynth import WanVideoPipeline
 from diffsynth.tiny import tiny_folder
 from diffsynth.tiny.draw import draw_batch, draw_clip
-from diffsynth.tiny.grammar import Scene, Thing, caption, parse_caption, random_scene
-from diffsynth.tiny.measure import Tally, judge, measure_clip, tally
+from diffsynth.tiny.grammar import Scene, Thing, caption, random_scene
+from diffsynth.tiny.measure import Tally, measure_clip, tally
 
 CAPTIONS = 24
 
@@ -68,19 +68,6 @@ def test_one_frame_is_a_picture(pipe: WanVideoPipeline) -> None:
     clips = pipe(captions, seed=5, num_frames=1, output_type="np")
     found = [measure_clip(clip) for clip in clips]
     assert sum(bool(f) and f[0].colour in text for f, text in zip(found, captions, strict=True)) >= 2
-
-
-def test_guidance_pulls_towards_the_prompt(pipe: WanVideoPipeline) -> None:
-    """With guidance no fewer colours are right than without, from the same noise."""
-    captions = _captions(8, seed=1)
-    rights = []
-    for scale in (1.0, None):
-        clips = pipe(captions, seed=11, cfg_scale=scale, output_type="np")
-        verdicts = [
-            judge(parse_caption(text), measure_clip(clip)) for text, clip in zip(captions, clips, strict=True)
-        ]
-        rights.append(sum(verdict.colour for verdict in verdicts))
-    assert rights[1] >= rights[0] and rights[1] >= 7
 
 
 def test_video_to_video_keeps_more_of_the_source_at_lower_strength(pipe: WanVideoPipeline) -> None:
