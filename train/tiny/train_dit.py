@@ -26,7 +26,7 @@ from train.tiny.export import DIT_FILE, TEXT_FILE, VAE_FILE, write_dit, write_te
 from train.tiny.muon import Muon
 from train.tiny.state import Clock, Run, cosine, save_whole
 
-# Tokens of one latent position: 4 times as many as the large models have, each of which is far easier to learn.
+# Tokens of one latent position: 4 times as many as large models have, each of which is far easier to learn.
 DIT = DiTConfig(
     dim=128, in_dim=16, out_dim=16, ffn_dim=384, num_layers=6, num_heads=4, freq_dim=64, text_dim=128,
     text_len=64, patch_size=(1, 1, 1),
