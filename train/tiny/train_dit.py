@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from diffsynth.conditioning.conditions import Conditions
@@ -32,8 +35,12 @@ DIT = DiTConfig(
     text_len=64, patch_size=(1, 1, 1),
 )  # fmt: skip
 TEXT = {"dim": 128, "dim_attn": 128, "dim_ffn": 256, "num_heads": 4, "num_layers": 3}
-CLIPS = {17: 9000, 9: 1500, 25: 1500, 5: 1000, 1: 500}  # encoded once, by number of frames
-BATCH = 24
+CLIPS = {17: 12000, 9: 1500, 25: 1500, 5: 1000}  # encoded once, by number of frames
+PAIRS = 0.12  # share of scenes with two things, which are learnt last
+TOKENS = 7680  # of a batch: short clips come more at once
+# First what things look like, from first frames alone (5 times as many a second), then how they move.
+STILLS_UNTIL = 0.2  # of the run
+LENGTHS = ({1: 0.8, 5: 0.2}, {17: 0.6, 9: 0.15, 25: 0.15, 5: 0.05, 1: 0.05})  # shares of the batches
 LEARNING_RATE, ADAM_LEARNING_RATE = 6e-3, 2e-3
 SHIFT = 3.0  # noise levels lean to the noisy end, where colour, shape and place are decided
 EMPTY_PROMPTS = 0.1  # share of captions left out, so that guidance has something to lead away from
@@ -46,7 +53,7 @@ class Clips:
         self.scenes: dict[int, list[Scene]] = {}
         self.latents: dict[int, Tensor] = torch.load(path, weights_only=True) if path.exists() else {}
         for num_frames, count in CLIPS.items():
-            self.scenes[num_frames] = draw_scenes(random.Random(seed + num_frames), count, num_frames)
+            self.scenes[num_frames] = draw_scenes(random.Random(seed + num_frames), count, num_frames, PAIRS)
             if num_frames not in self.latents:
                 started = time.monotonic()
                 self.latents[num_frames] = _encode(vae, self.scenes[num_frames], num_frames)
@@ -56,14 +63,16 @@ class Clips:
                     flush=True,
                 )
 
-    def batch(self, rng: random.Random) -> tuple[Tensor, list[str]]:
-        """Latents (B, C, F, h, w) float32 and their captions."""
-        num_frames = rng.choices(list(CLIPS), list(CLIPS.values()))[0]
-        picked = [rng.randrange(CLIPS[num_frames]) for _ in range(BATCH)]
-        texts = [
-            "" if rng.random() < EMPTY_PROMPTS else caption(self.scenes[num_frames][i], rng) for i in picked
-        ]
-        return self.latents[num_frames][picked].float(), texts
+    def batch(self, rng: random.Random, shares: dict[int, float]) -> tuple[Tensor, list[str]]:
+        """Latents (B, C, F, h, w) float32 and their captions; ``shares`` of clips by number of frames."""
+        num_frames = rng.choices(list(shares), list(shares.values()))[0]
+        # The first latent holds the first frame alone, so that any clip gives a still.
+        source = num_frames if num_frames > 1 else rng.choices(list(CLIPS), list(CLIPS.values()))[0]
+        latents, scenes = self.latents[source], self.scenes[source]
+        length = 1 + (num_frames - 1) // 4
+        picked = [rng.randrange(len(scenes)) for _ in range(TOKENS // (length * latents[0, 0, 0].numel()))]
+        texts = ["" if rng.random() < EMPTY_PROMPTS else caption(scenes[i], rng) for i in picked]
+        return latents[picked, :, :length].float(), texts
 
 
 @torch.no_grad()
@@ -96,7 +105,18 @@ def flow_loss(
     noise = torch.randn_like(latents)
     text = encode_text(encoder, tokenizer, texts)
     [velocity] = dit(add_noise(latents, noise, sigma), sigma * 1000, [dit.prepare(Conditions(text=text))])
-    return (velocity - (noise - latents)).square().mean()
+    return (velocity.float() - (noise - latents)).square().mean()
+
+
+@contextmanager
+def _fast(device: torch.device) -> Iterator[None]:
+    """Matrix products in bfloat16; on a CPU attention as plain products, 1.2 times as fast as fused here."""
+    with torch.autocast(device.type, torch.bfloat16):
+        if device.type != "cpu":
+            yield
+            return
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
 
 
 def train(
@@ -113,6 +133,7 @@ def train(
         goes_on: a new run starts from the finished files in ``weights`` instead of from nothing.
     """
     torch.manual_seed(seed)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # else plain attention widens to float32
     vae = (
         ModelManager(torch_dtype=torch.bfloat16, device="cpu")
         .load_models([weights / VAE_FILE])
@@ -137,8 +158,9 @@ def train(
         for group in optimizer.param_groups:
             rate = LEARNING_RATE if group["muon"] else ADAM_LEARNING_RATE
             group["lr"] = rate * cosine(progress)
-        latents, texts = clips.batch(rng)
-        loss = flow_loss(dit, encoder, tokenizer, latents.to(device), texts)
+        latents, texts = clips.batch(rng, LENGTHS[progress > STILLS_UNTIL])
+        with _fast(device):
+            loss = flow_loss(dit, encoder, tokenizer, latents.to(device), texts)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([*dit.parameters(), *encoder.parameters()], 1.0)

@@ -27,6 +27,7 @@ from diffsynth.models.wan.text_tokens import TextTokens, compact_padding
 from diffsynth.ops.attention import AttentionKernel, attend
 from diffsynth.ops.fused import linear_float32, modulated_layer_norm, spans_of
 from diffsynth.ops.rope import video_rotation
+from diffsynth.vram_management.visit import Visit, in_order
 
 PLANE_ORDER = ("control", "mask", "image")  # in which planes stand behind the noise
 MASK_CHANNELS = 4
@@ -160,9 +161,10 @@ class Head(nn.Module):
 class WanDiT(nn.Module):
     """The transformer; see this module's legend.
 
-    ``attention`` and ``ffn_chunk_tokens`` are set from outside: a kernel (perhaps wrapped, to exchange heads
-    between devices) and the number of tokens that go through a feed-forward layer at a time (None: by
-    device).
+    Set from outside: ``attention``, a kernel (perhaps wrapped, to exchange heads between devices);
+    ``ffn_chunk_tokens``, tokens that go through a feed-forward layer at a time (None: by device); ``visit``,
+    how blocks come in for their turn; ``keeps_keys``, whether a branch keeps each block's cross-attention
+    keys from one step to the next.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -186,6 +188,8 @@ class WanDiT(nn.Module):
             self.img_emb = ImageEmbedding(config.image_dim, dim, config.image_tokens_pos)
         self.attention: AttentionKernel = attend
         self.ffn_chunk_tokens: int | None = None
+        self.visit: Visit = in_order
+        self.keeps_keys = True
 
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> WanDiT:
@@ -251,12 +255,12 @@ class WanDiT(nn.Module):
         passes = [self._enter(latents, branch, grid, times, clock, t_mod) for branch in branches]
         for one in passes:
             self._ask_cache(one, cache)
-        for index, block in enumerate(cast("Iterable[DiTBlock]", self.blocks)):
-            for one in passes:
-                if not one.is_cached:
-                    one.x = block(one.x, one.stream.rotary, self._keys(index, block, one.branch), one.call)
-                    for adapter, state in one.states:
-                        one.x = adapter.after_block(index, one.x, state)
+        running = [one for one in passes if not one.is_cached]
+        for index, block in self._visited(running):
+            for one in running:
+                one.x = block(one.x, one.stream.rotary, self._keys(index, block, one.branch), one.call)
+                for adapter, state in one.states:
+                    one.x = adapter.after_block(index, one.x, state)
         for one in passes:
             if cache is not None and one.before is not None:
                 cache.keep(one.branch.key, one.x - one.before)
@@ -367,11 +371,17 @@ class WanDiT(nn.Module):
         else:
             one.x, one.is_cached = one.x + change, True
 
+    def _visited(self, running: Sequence[_Pass]) -> Iterable[tuple[int, DiTBlock]]:
+        if not running:
+            return ()
+        has_keys = all(len(one.branch.keys) == len(self.blocks) for one in running)
+        return enumerate(cast("Iterable[DiTBlock]", self.visit(self.blocks, has_keys=has_keys)))
+
     def _keys(self, index: int, block: DiTBlock, branch: Branch) -> CrossKeys:
         if index in branch.keys:
             return branch.keys[index]
         keys = block.cross_attn.keys(branch.text, branch.image)
-        if not torch.is_grad_enabled():
+        if self.keeps_keys and not torch.is_grad_enabled():
             branch.keys[index] = keys
         return keys
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffsynth.ops.attention import attend
 from diffsynth.ops.fused import rms_norm
+from diffsynth.vram_management.visit import Visit, in_order
 
 MAX_DISTANCE = 128  # tokens farther apart than this share the last bucket
 
@@ -131,6 +132,7 @@ class WanTextEncoder(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(TextEncoderLayer(config) for _ in range(config.num_layers))
         self.norm = LayerNorm(config.dim, config.eps)
+        self.visit: Visit = in_order  # set from outside: how blocks come in for their turn
 
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> WanTextEncoder:
@@ -159,6 +161,6 @@ class WanTextEncoder(nn.Module):
         if mask is not None and not bool(mask.all()):
             lowest = torch.finfo(x.dtype).min
             hidden = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(mask == 0, lowest)[:, None, None, :]
-        for block in self.blocks:
+        for block in self.visit(self.blocks):
             x = block(x, buckets, hidden)
         return self.norm(x)  # type: ignore[no-any-return]
