@@ -135,3 +135,26 @@ class LoRAFileError(UnknownCheckpointError):
             f"{path} is a LoRA ({num_tensors} tensors), not a model: load the model first, then use "
             "load_lora(PATH, lora_alpha=1.0) on it.",
         )
+
+
+class PinnedMemoryError(DiffSynthError, MemoryError):
+    """The system does not lock as much host memory for the GPU as was asked for."""
+
+
+class MovedModelError(DiffSynthError, RuntimeError):
+    """A network that memory management holds was moved or changed by hand."""
+
+
+class BusyPipelineError(DiffSynthError, RuntimeError):
+    """A pipeline was called while another thread was in a call of it."""
+
+
+class MemoryBudgetError(DiffSynthError, ValueError):
+    """A limit on memory below what the leanest plan takes; says the minimum, its cause and what lowers it."""
+
+    def __init__(self, argument: str, limit_gib: float, minimum_gib: float, phase: str, remedy: str) -> None:
+        super().__init__(
+            f"{argument} is {limit_gib:.4g} GiB; this request needs at least {minimum_gib:.2f} GiB, "
+            f"for {phase}. {remedy}"
+        )
+        self.argument, self.minimum_gib, self.phase = argument, minimum_gib, phase

@@ -6,11 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from diffsynth.checkpoints.architecture import Config, Match
-from diffsynth.errors import ConfigurationError, IncompleteCheckpointError, UnsupportedModelError
+from diffsynth.errors import (
+    ConfigurationError,
+    CorruptCheckpointError,
+    IncompleteCheckpointError,
+    UnsupportedModelError,
+)
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
+
+    from diffsynth.checkpoints.checkpoint import Checkpoint
 
 
 class NetworkClass(Protocol):
@@ -27,17 +34,30 @@ def build(match: Match, dtype: torch.dtype | None = None, device: str | torch.de
         match: an answer of `detect`.
         dtype: of the floating-point weights; None keeps the file's (quantised ones become bfloat16). On the
             CPU a weight that needs no cast stays a view of the mapped file: no memory of its own.
+            ``torch.float8_e4m3fn`` keeps the layers in fp8 that the network's ``fp8_policy`` names, and all
+            else in bfloat16.
         device: where the weights shall be.
 
     Raises:
         UnsupportedModelError: when this version does not build the network.
         ConfigurationError: when a size is missing; names the key.
         IncompleteCheckpointError: when tensors are missing, unknown or of another shape; names them.
+        CorruptCheckpointError: when a weight that shall be kept in fp8 holds NaN or infinity.
     """
+    import torch
+
     config = match.require_config()
     network = _empty(load_class(match), config)
     _check_tensors(match, network)
-    weights = {name: match.checkpoint.tensor(name, device, dtype) for name in match.checkpoint.shapes}
+    kept: set[str] = set()
+    if dtype == torch.float8_e4m3fn:
+        dtype, kept = torch.bfloat16, _make_fp8(network)
+    weights: dict[str, Tensor] = {}
+    for name in match.checkpoint.shapes:
+        if name in kept:
+            weights[name], weights[f"{name}_scale"] = fp8_pair(match.checkpoint, name, device)
+        else:
+            weights[name] = match.checkpoint.tensor(name, device, dtype)
     network.load_state_dict(weights, strict=True, assign=True)
     left = [
         name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta
@@ -67,6 +87,45 @@ def _empty(network_class: NetworkClass, config: Config) -> nn.Module:
 
     with torch.device("meta"), NoInitialWeights():
         return network_class.from_config(config)
+
+
+def _make_fp8(network: nn.Module) -> set[str]:
+    """Let the layers of the network's policy hold fp8; return the names of their weights."""
+    from diffsynth.ops.fp8_policy import put_fp8_layers
+    from diffsynth.vram_management.fp8 import widening
+
+    layers = put_fp8_layers(network)
+    if layers:
+        network.visit = widening(network, network.visit)  # type: ignore[arg-type, assignment]
+    return {f"{name}.weight" for name in layers}
+
+
+def fp8_pair(checkpoint: Checkpoint, name: str, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+    """Return a weight as e4m3 elements (rows, columns) and float32 scales (rows, 1).
+
+    A file's own e4m3 elements are kept, with the file's scales, or 1 where it has none. Weights in another
+    format, or with a scale per block of a row, are widened and quantised anew, on ``device``.
+
+    Raises:
+        CorruptCheckpointError: when a scale, or a weight that is quantised here, holds NaN or infinity.
+    """
+    import torch
+
+    from diffsynth.ops.fp8 import FP8, quantise
+
+    stored, scale = checkpoint.stored(name)
+    if stored.dtype == FP8 and (scale is None or scale.ndim in (0, 2)):
+        scale = torch.ones(()) if scale is None else scale
+        if not bool(torch.isfinite(scale).all()):
+            raise CorruptCheckpointError(
+                f"The scale of {name} in {checkpoint.source} holds NaN or infinity; the file is damaged."
+            )
+        rows = scale.expand(stored.shape[0], 1).contiguous()
+        return stored.to(device).contiguous(), rows.to(device)
+    is_plain = scale is None and stored.dtype.is_floating_point and stored.dtype.itemsize > 1
+    # A plain weight moves in its own dtype and is rounded on the device.
+    weight = stored.to(device) if is_plain else checkpoint.tensor(name, device, torch.float32)
+    return quantise(weight, f"{name} in {checkpoint.source}")
 
 
 def load_class(match: Match) -> NetworkClass:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from diffsynth import __version__
-from diffsynth.cli.flags import FLAGS, with_flags
+from diffsynth.cli.flags import DECODE_FLAGS, FLAGS, with_flags
 from diffsynth.errors import DiffSynthError
 
 INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
+
+PlanDtypeName = Enum("PlanDtypeName", {name: name for name in ("bf16", "fp16", "fp32", "fp8")}, type=str)
 
 app = typer.Typer(
     name="diffsynth",
@@ -74,6 +78,21 @@ def generate(
         run_generate(prompt, given)
 
 
+@app.command(epilog="For example: diffsynth decode cat.latents.safetensors --tiled")
+@with_flags(DECODE_FLAGS)
+def decode(
+    latents: Annotated[
+        Path, typer.Argument(help="What `generate` left: NAME.latents.safetensors.", show_default=False)
+    ],
+    **given: object,
+) -> None:
+    """Make the video of saved latents: goes on where a run died in its last step."""
+    from diffsynth.cli.decode import run_decode
+
+    with plain_errors(bool(given.pop("debug"))):
+        run_decode(latents, given)
+
+
 @app.command()
 def inspect(
     paths: Annotated[list[str], typer.Argument(help="Files, folders or patterns.", show_default=False)],
@@ -84,6 +103,41 @@ def inspect(
 
     with plain_errors():
         run_inspect(paths, as_json)
+
+
+@app.command(epilog="For example: diffsynth plan Wan2.1-T2V-14B --height 480 --width 832 --vram 12")
+def plan(  # noqa: PLR0913
+    paths: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Files, folders or patterns.", show_default=False)
+    ],
+    *,
+    height: Annotated[int, typer.Option(help="Pixels.")] = 480,
+    width: Annotated[int, typer.Option(help="Pixels.")] = 832,
+    num_frames: Annotated[int, typer.Option(help="4 k + 1.")] = 81,
+    vram: Annotated[float | None, typer.Option(help="GiB of the GPU that may be used.")] = None,
+    ram: Annotated[float | None, typer.Option(help="GiB of host memory that may be used.")] = None,
+    dtype: Annotated[PlanDtypeName, typer.Option(help="Of the weights.")] = PlanDtypeName.bf16,
+    num_persistent: Annotated[
+        int | None, typer.Option(help="About so many parameters of each DiT stay; 0 streams all blocks.")
+    ] = None,
+    no_cfg: Annotated[bool, typer.Option("--no-cfg", help="Without guidance.")] = False,
+    copy_gbs: Annotated[float | None, typer.Option(help="GB/s from pinned memory to the GPU; 25.")] = None,
+    ring_gbs: Annotated[float | None, typer.Option(help="GB/s from the file to the GPU; 5.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="TFLOP/s in bfloat16; 150.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say what a generation takes and how it is arranged within limits, by headers alone."""
+    from diffsynth.cli.plan import PlanRequest, run_plan
+    from diffsynth.vram_management.plan import Rates
+
+    told = {"copy_gbs": copy_gbs, "ring_gbs": ring_gbs, "tflops": tflops}
+    with plain_errors():
+        rates = Rates(**{name: rate for name, rate in told.items() if rate is not None})
+        request = PlanRequest(
+            height=height, width=width, num_frames=num_frames, num_branches=1 if no_cfg else 2,
+            dtype=dtype.name, num_persistent=num_persistent, vram_gib=vram, ram_gib=ram, rates=rates,
+        )  # fmt: skip
+        run_plan(paths, request, as_json)
 
 
 @app.command()

@@ -31,20 +31,6 @@ class Finding:
     is_optional: bool = False  # videos can be made without it
 
 
-# name, module, lowest compute capability, highest, how to get it
-_KERNELS = (
-    (
-        "flash-attn 3",
-        "flash_attn_interface",
-        9.0,
-        9.9,
-        "build hopper/ of github.com/Dao-AILab/flash-attention",
-    ),
-    ("flash-attn 2", "flash_attn", 8.0, 99.0, "pip install flash-attn --no-build-isolation"),
-    ("sageattention", "sageattention", 8.0, 99.0, "pip install sageattention"),
-    ("xformers", "xformers.ops", 7.0, 99.0, "pip install xformers"),
-)
-
 # label, encoders that write it
 _CODECS = (
     ("H.264 (.mp4, .mkv)", ("libx264", "h264_nvenc")),
@@ -194,15 +180,31 @@ def _gpus(topic: str) -> Iterator[Finding]:
 
 def _attention() -> Iterator[Finding]:
     topic = "Attention"
-    yield Finding(topic=topic, name="sdpa", found="part of torch, works everywhere")
-    capability = _capability()
-    for name, module, lowest, highest, command in _KERNELS:
-        fits = capability is not None and lowest <= capability <= highest
-        if fits:
-            yield _library(topic, module, name, "is faster than sdpa", command, is_optional=True)
+    try:
+        import torch
+
+        from diffsynth.ops.attention import describe_attention
+        from diffsynth.ops.attention_kernels import KERNELS
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    except Exception as error:
+        yield Finding(topic=topic, name="sdpa", found=f"part of torch, which does not load: {_short(error)}")
+        return
+    try:
+        yield Finding(topic=topic, name="in use", found=describe_attention(device))
+    except ValueError as error:
+        yield Finding(topic=topic, name="in use", found=None, remedy=str(error).partition(":\n")[0])
+    for kernel in KERNELS:
+        misfit = kernel.misfit(device)
+        if misfit is not None:
+            found = f"{kernel.title}: not for this machine, {misfit}"
+        elif kernel.module and kernel.missing() is not None:
+            remedy = f"{kernel.missing()}; an alternative to sdpa: {kernel.install}"
+            yield Finding(topic=topic, name=kernel.name, found=None, remedy=remedy, is_optional=True)
+            continue
         else:
-            reason = "no GPU here" if capability is None else f"not for compute capability {capability}"
-            yield Finding(topic=topic, name=name, found=f"not needed: {reason}")
+            found = f"{kernel.title}, available"
+        yield Finding(topic=topic, name=kernel.name, found=found)
 
 
 def _codecs() -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""The flags of ``diffsynth generate``: one row each, named as the argument of ``pipe()`` that it gives.
+"""Flags of ``generate`` and ``decode``: one row each, named as the argument of ``pipe()`` that it gives.
 
 Nothing here imports torch, so that ``--help`` costs none; a test keeps the table equal to the arguments of
 ``pipe()``.
@@ -17,7 +17,10 @@ from typing import Any
 import typer
 
 SamplerName = Enum("SamplerName", {"euler": "euler", "unipc": "unipc", "dpmpp": "dpm++"}, type=str)
-DtypeName = Enum("DtypeName", {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}, type=str)
+DtypeName = Enum(
+    "DtypeName", {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "fp8"}, type=str
+)
+TORCH_NAMES = {"fp8": "float8_e4m3fn"}  # of dtypes that torch spells otherwise
 PrecisionName = Enum("PrecisionName", {"official": "official", "v1": "v1"}, type=str)
 
 VIDEO, GUIDANCE, SOURCE = "The video", "Steps and guidance", "Start from a video"
@@ -51,6 +54,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="seed", kind=int, panel=VIDEO, help="One number, one video; drawn if not given."),
     Flag(name="strict", kind=bool, panel=VIDEO, default=False, spellings=("--strict",),
          help="Refuse sizes that do not fit the model instead of taking the next that do."),
+    Flag(name="cache_text", kind=Path, panel=VIDEO,
+         help="Folder of encoded prompts: each is encoded once; later runs leave the text encoder out."),
     Flag(name="num_inference_steps", kind=int, panel=GUIDANCE, spellings=("--num-inference-steps", "--steps"),
          help="Calls of the model; Wan2.1: 50."),
     Flag(name="cfg_scale", kind=float, panel=GUIDANCE,
@@ -78,7 +83,8 @@ FLAGS: tuple[Flag, ...] = (
          help="Folder of spiece.model or tokenizer.json, where it does not lie beside the text encoder."),
     Flag(name="download", kind=bool, panel=MODEL, default=False, spellings=("--download",),
          help="Let a hub id be downloaded into ./models; without it nothing uses the network."),
-    Flag(name="dtype", kind=DtypeName, panel=MODEL, help="Of the weights; bfloat16, the tiny Wan float32."),
+    Flag(name="dtype", kind=DtypeName, panel=MODEL,
+         help="Of the weights; bfloat16, the tiny Wan float32. fp8 takes half the memory of bfloat16."),
     Flag(name="device", kind=str, panel=MODEL,
          help="cuda, cuda:1, cpu; default: a GPU if there is one, for the tiny Wan the CPU."),
     Flag(name="precision", kind=PrecisionName, panel=MODEL,
@@ -90,10 +96,24 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="crf", kind=float, panel=FILE, help="The codec's own measure instead: 0 is best."),
     Flag(name="codec", kind=str, panel=FILE, help="h264, h265, vp9, av1 or ffmpeg's name of an encoder."),
     Flag(name="pix_fmt", kind=str, panel=FILE, help="yuv420p shows everywhere; yuv444p keeps full colour."),
+    Flag(name="keep_latents", kind=bool, panel=FILE, default=False, spellings=("--keep-latents",),
+         help="Keep NAME.latents.safetensors, from which `diffsynth decode` makes the video again."),
     Flag(name="quiet", kind=bool, panel=FILE, default=False, spellings=("--quiet", "-q"),
          help="No progress, only warnings."),
     Flag(name="debug", kind=bool, panel=FILE, default=False, spellings=("--debug",),
          help="Show where an error came from."),
+)  # fmt: skip
+
+_SHARED = ("tiled", "tile_size", "tile_stride", "quality", "crf", "codec", "pix_fmt", "quiet", "debug")
+
+DECODE_FLAGS: tuple[Flag, ...] = (
+    Flag(name="vae", kind=str, panel=MODEL, help="File of the VAE; the one that the run had."),
+    Flag(name="dtype", kind=DtypeName, panel=MODEL, help="Of its weights; as in the run."),
+    Flag(name="device", kind=str, panel=MODEL, help="cuda, cuda:1, cpu; default: a GPU if there is one."),
+    Flag(name="out", kind=Path, panel=FILE, spellings=("--out", "-o"),
+         help="As of `generate`; default: the name that the run was given, beside the latents."),
+    Flag(name="fps", kind=float, panel=FILE, help="Frames per second; as in the run, else 16."),
+    *(flag for flag in FLAGS if flag.name in _SHARED),
 )  # fmt: skip
 
 

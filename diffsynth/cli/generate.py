@@ -3,49 +3,42 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from diffsynth import __version__
-from diffsynth.cli.flags import FLAGS
+from diffsynth.cli.flags import FLAGS, TORCH_NAMES
+from diffsynth.cli.output import (
+    BYTES_PER_PIXEL,
+    ENCODER_OPTIONS,
+    FPS,
+    Output,
+    check_output,
+    is_picture,
+    log_to_stderr,
+    write_video,
+)
 from diffsynth.errors import ArgumentError, DiffSynthError, MissingModelError
-from diffsynth.video import VideoData, check_output_path, save_image, save_video
-from diffsynth.video.encoding import choose_encoding, frame_rate
-from diffsynth.video.paths import VIDEO_SUFFIXES
+from diffsynth.video import VideoData, check_output_path
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from torch import Tensor
 
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 logger = logging.getLogger("diffsynth")
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")  # those that hold settings
-FPS = 16.0  # of the videos that Wan models are trained with
 TINY_NOTE = (
     "No --model given: the tiny Wan that ships with diffsynth draws small moving shapes. "
     "A real one: --model FOLDER, or --model Wan-AI/Wan2.1-T2V-1.3B --download (17 GB)."
 )
+TILE_FLAGS = ("tiled", "tile_size", "tile_stride")
 _USUAL_PIXELS = 480 * 832
-_BYTES_PER_PIXEL = 0.5  # of a noisy video at the default quality; most need a tenth
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Output:
-    """Where results go and how they are written."""
-
-    paths: tuple[Path, ...]  # one per video
-    is_picture: bool
-    fps: float | None  # None: the model's
-    options: Mapping[str, Any]  # of save_video
+_LATENT_BYTES_PER_PIXEL = 0.25  # 16 channels of float32 for 4 x 8 x 8 pixels
 
 
 def run_generate(prompt: str, given: Mapping[str, object]) -> None:
@@ -58,22 +51,28 @@ def run_generate(prompt: str, given: Mapping[str, object]) -> None:
     Raises:
         DiffSynthError: what was wrong, before a model is loaded where it can be known.
     """
+    from diffsynth.pipelines.saved_latents import latents_kept
+
     values = {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
-    with _log_to_stderr(bool(values["quiet"])):
+    with log_to_stderr(bool(values["quiet"])):
         arguments = _call_arguments(prompt, values)
-        output = check_output(values, arguments)
+        output = _check(values, arguments)
         started = time.monotonic()
         pipe = _load(values)
-        frames = _generate(pipe, arguments)
-        videos = frames if arguments.get("num_videos_per_prompt", 1) > 1 else [frames]
-        fps = output.fps or float(str(pipe.parts.generation.get("fps", FPS)))
-        for index, (path, video) in enumerate(zip(output.paths, videos, strict=True)):
-            settings = _settings(pipe, fps, index, is_picture=output.is_picture)
-            if output.is_picture:
-                save_image(video[0], path, metadata=settings)
+        latents = _generate(pipe, arguments)
+        tiles: dict[str, Any] = {name: arguments[name] for name in TILE_FLAGS if name in arguments}
+        settings = _settings(pipe, output)
+        # All of them before the first is decoded: what was computed is safe from here on.
+        kept = [_keep(pipe, latents, output, i, each) for i, each in enumerate(settings)]
+        for index, (path, file) in enumerate(zip(output.paths, kept, strict=True)):
+            with latents_kept(file):
+                made = write_video(pipe, latents[index : index + 1], path, output, settings[index], tiles)
+            if values["keep_latents"]:
+                logger.info("The latents are in %s", file)
             else:
-                save_video(video, path, fps, metadata=settings, **output.options)
-            typer.echo(_summary(path, video, settings, time.monotonic() - started))
+                file.unlink(missing_ok=True)
+            seconds = time.monotonic() - started
+            typer.echo(f"{made}, seed {settings[index].get('seed')}, {seconds:.1f} s")
 
 
 def _call_arguments(prompt: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,10 +87,8 @@ def _call_arguments(prompt: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt, **arguments}
 
 
-def check_output(values: Mapping[str, Any], arguments: dict[str, Any]) -> Output:
-    """Make sure that the files can be written, before anything is loaded.
-
-    A name that ends in .png or .jpg asks for one frame.
+def _check(values: Mapping[str, Any], arguments: dict[str, Any]) -> Output:
+    """Make sure that videos and latents can be written; a name that ends in .png asks for one frame.
 
     Args:
         values: of all flags.
@@ -101,30 +98,24 @@ def check_output(values: Mapping[str, Any], arguments: dict[str, Any]) -> Output
         OutputPathError: when a path cannot be written.
         ArgumentError: for several frames in a picture, or options that the encoder cannot take.
     """
+    from diffsynth.pipelines.saved_latents import latents_beside
+
     out: Path = values["out"]
     count = max(1, int(arguments.get("num_videos_per_prompt", 1)))
-    is_picture = out.suffix.lower() in PICTURE_SUFFIXES
-    options = {
-        name: values[name] for name in ("quality", "crf", "codec", "pix_fmt") if values[name] is not None
-    }
-    if is_picture:
-        if arguments.setdefault("num_frames", 1) != 1:
-            raise ArgumentError(
-                f"--out {out} is a picture and --num-frames is {arguments['num_frames']}; "
-                "leave --num-frames out, or name a video, such as --out video.mp4."
-            )
-        if options or values["fps"] is not None:
-            raise ArgumentError(f"--out {out} is a picture; --fps and the encoder's options are for videos.")
+    if is_picture(out) and arguments.setdefault("num_frames", 1) != 1:
+        raise ArgumentError(
+            f"--out {out} is a picture and --num-frames is {arguments['num_frames']}; "
+            "leave --num-frames out, or name a video, such as --out video.mp4."
+        )
     pixels = arguments.get("height", 0) * arguments.get("width", 0) or _USUAL_PIXELS
-    size = int(pixels * arguments.get("num_frames", 81) * _BYTES_PER_PIXEL * count)
-    numbered = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(count)] if count > 1 else [out]
-    for path in numbered:
-        check_output_path(path, need_bytes=max(0, size), suffixes=VIDEO_SUFFIXES + PICTURE_SUFFIXES)
-    if not is_picture:
-        choose_encoding(out.suffix.lower(), **options)
-        if values["fps"] is not None:
-            frame_rate(values["fps"])
-    return Output(paths=tuple(numbered), is_picture=is_picture, fps=values["fps"], options=options)
+    num_bytes = pixels * arguments.get("num_frames", 81) * count * (BYTES_PER_PIXEL + _LATENT_BYTES_PER_PIXEL)
+    options = {name: values[name] for name in ENCODER_OPTIONS if values[name] is not None}
+    output = check_output(out, count, fps=values["fps"], options=options, need_bytes=max(0, int(num_bytes)))
+    for path in output.paths:
+        latents = check_output_path(latents_beside(path), suffixes=(".safetensors",))
+        if latents.exists():
+            logger.warning("%s is there, of a run that did not end or kept it; it will be replaced.", latents)
+    return output
 
 
 def _load(values: Mapping[str, Any]) -> WanVideoPipeline:
@@ -144,74 +135,62 @@ def _load(values: Mapping[str, Any]) -> WanVideoPipeline:
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
     chosen: Any = paths or str(tiny_folder())
-    return WanVideoPipeline.from_pretrained(
+    dtype: str = values["dtype"] or ("bfloat16" if paths else "float32")
+    pipe = WanVideoPipeline.from_pretrained(
         chosen[0] if len(paths) == 1 else chosen,
-        torch_dtype=getattr(torch, values["dtype"] or ("bfloat16" if paths else "float32")),
+        torch_dtype=getattr(torch, TORCH_NAMES.get(dtype, dtype)),
         device=values["device"] or (None if paths else "cpu"),
         download=values["download"],
         dit=values["dit"] or None,
         tokenizer_path=values["tokenizer_path"],
         precision=values["precision"] or "official",
     )
+    if pipe.parts.vae is None:
+        raise MissingModelError(
+            "--model holds no VAE; give its file too: --model DIT --model Wan2.1_VAE.pth."
+        )
+    return pipe
 
 
-def _generate(pipe: WanVideoPipeline, arguments: Mapping[str, Any]) -> Any:
+def _generate(pipe: WanVideoPipeline, arguments: Mapping[str, Any]) -> Tensor:
+    """Latents (B, C, T, h, w)."""
     import torch
 
     try:
-        return pipe(**arguments)
+        latents = pipe(**arguments, output_type="latent")
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]
         raise DiffSynthError(
             f"The GPU's memory does not suffice: {reason}. Ask for a smaller --height, --width or "
             "--num-frames, add --tiled, or use a smaller model."
         ) from error
+    assert isinstance(latents, torch.Tensor)
+    return latents
 
 
-def _settings(pipe: WanVideoPipeline, fps: float, index: int, *, is_picture: bool) -> dict[str, object]:
-    """What goes into the file: enough to make it again, and no path of this machine."""
-    settings = {name: value for name, value in pipe.last_settings.items() if value not in ("", None)}
-    seed = settings.get("seed")
-    if isinstance(seed, int):
-        settings["seed"] = seed + index
-    for name in ("num_videos_per_prompt", "strict"):  # of the run, not of this video
+def _settings(pipe: WanVideoPipeline, output: Output) -> list[dict[str, object]]:
+    """What goes into each file: enough to make it again, and no path of this machine."""
+    from diffsynth.pipelines.saved_latents import provenance
+
+    settings = provenance(pipe.parts, pipe.precision, pipe.last_settings)
+    for name in ("num_videos_per_prompt", "strict", "output_type"):  # of the run, not of this video
         settings.pop(name, None)
-    sources = {part: "/".join(Path(source).parts[-2:]) for part, source in pipe.parts.sources.items()}
-    rate = {} if is_picture else {"fps": fps}
-    return {"diffsynth": __version__, **settings, **rate, "precision": pipe.precision, "models": sources}
+    if not output.is_picture:
+        settings["fps"] = output.fps or float(str(pipe.parts.generation.get("fps", FPS)))
+    seed = settings.get("seed")
+    counted = range(len(output.paths))
+    return [{**settings, **({"seed": seed + i} if isinstance(seed, int) else {})} for i in counted]
 
 
-def _summary(path: Path, video: list[Image], settings: Mapping[str, object], seconds: float) -> str:
-    width, height = video[0].size
-    size = path.stat().st_size
-    amount = f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
-    length = "" if "fps" not in settings else f", {len(video)} frames at {settings['fps']:g} fps"
-    return f"{path}: {width}x{height}{length}, {amount}, seed {settings.get('seed')}, {seconds:.1f} s"
+def _keep(
+    pipe: WanVideoPipeline, latents: Tensor, output: Output, index: int, settings: Mapping[str, object]
+) -> Path:
+    from diffsynth.pipelines.saved_latents import latents_beside, save_latents
+
+    path = output.paths[index]
+    how = {"name": path.name, **output.options}
+    return save_latents(latents_beside(path), latents[index : index + 1], pipe.parts, settings, how)
 
 
 def _no_progress(steps: Iterable[Any]) -> Iterable[Any]:
     return steps
-
-
-class _PlainFormatter(logging.Formatter):
-    """A message as it is; from warnings on its level stands in front."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
-
-
-@contextmanager
-def _log_to_stderr(is_quiet: bool) -> Iterator[None]:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_PlainFormatter())
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING if is_quiet else logging.INFO)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate

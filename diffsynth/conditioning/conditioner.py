@@ -85,8 +85,12 @@ class Conditioner(Protocol):
         """Whether there is something to do; raises for an input that the loaded models cannot use."""
         ...
 
+    def needs_encoder(self, inputs: Any, parts: Components) -> bool:
+        """Whether `encode` asks `encoder` this time; if not, it stays where it rests, or may be missing."""
+        ...
+
     def encode(self, inputs: Any, geometry: Geometry, parts: Components) -> Contribution:
-        """Do it; `encoder` is on the device."""
+        """Do it; `encoder` is on the device if it is needed."""
         ...
 
 

@@ -7,11 +7,13 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution
-from diffsynth.errors import ArgumentError, MissingModelError
+from diffsynth.conditioning.text_cache import TextCache
+from diffsynth.errors import ArgumentError, MissingModelError, UnusedInputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +42,7 @@ class TextInputs:
     prompt_embeds: Tensor | None = None  # (B, tokens, text_dim of the DiT), in place of prompt
     negative_prompt_embeds: Tensor | None = None  # (B or 1, tokens, text_dim), in place of negative_prompt
     num_videos_per_prompt: int = 1  # samples of each prompt
+    cache_text: str | Path | None = None  # folder of encoded prompts: each is encoded once, then read
     cfg_scale: float = 5.0
     cfg_scale_low_noise: float | None = None
 
@@ -62,6 +65,15 @@ class TextInputs:
             return self.prompt_embeds.shape[0]
         return 1 if self.prompt is None or isinstance(self.prompt, str) else len(self.prompt)
 
+    @property
+    def distinct_texts(self) -> list[str]:
+        """Every text that features are needed of, cleaned."""
+        prompt = "" if self.prompt is None else self.prompt
+        sides = [prompt] if self.prompt_embeds is None else []
+        sides += [self.negative_prompt] if self.is_guided and self.negative_prompt_embeds is None else []
+        texts = [text for side in sides for text in ([side] if isinstance(side, str) else side)]
+        return list(dict.fromkeys(map(clean_prompt, texts)))
+
 
 class TextConditioner:
     """Text to features, each distinct prompt once."""
@@ -77,51 +89,77 @@ class TextConditioner:
         if not isinstance(inputs.prompt, str) and inputs.prompt is not None and len(inputs.prompt) == 0:
             raise ArgumentError("prompt is an empty list; give at least one text.")
         _check_negatives(inputs)
-        needs_encoder = inputs.prompt_embeds is None or (
-            inputs.is_guided and inputs.negative_prompt_embeds is None
-        )
-        if needs_encoder and (parts.text_encoder is None or parts.tokenizer is None):
+        has_encoder = parts.text_encoder is not None and parts.tokenizer is not None
+        cache = _cache(inputs, parts)
+        if cache is not None and not inputs.distinct_texts:
+            raise UnusedInputError("cache_text was given, but there is no text to encode; leave it out.")
+        is_needed = self.needs_encoder(inputs, parts)
+        if cache is not None and is_needed and has_encoder:
+            cache.check()
+        if is_needed and not has_encoder:
             which = (
                 "prompt_embeds="
                 if inputs.prompt_embeds is None
                 else "negative_prompt_embeds= (or cfg_scale=1)"
             )
+            lack = "" if cache is None else f", and {inputs.cache_text} lacks a text of this call"
             raise MissingModelError(
-                f"No text encoder is loaded; load one (models_t5_umt5-xxl-enc-bf16.pth) or give {which}."
+                f"No text encoder is loaded{lack}; load one (models_t5_umt5-xxl-enc-bf16.pth) or give "
+                f"{which}."
             )
         return True
 
+    def needs_encoder(self, inputs: TextInputs, parts: Components) -> bool:
+        cache = _cache(inputs, parts)
+        return any(cache is None or cache.find(text) is None for text in inputs.distinct_texts)
+
     def encode(self, inputs: TextInputs, geometry: Geometry, parts: Components) -> Contribution:
+        cache = _cache(inputs, parts)
         rows = inputs.prompt_embeds
         count = inputs.num_prompts
         features = (
             [*rows]
             if rows is not None
-            else self._encode(_as_list(inputs.prompt or "", count, "prompt"), parts)
+            else self._encode(_as_list(inputs.prompt or "", count, "prompt"), parts, cache)
         )
         positive = _pad(_repeat(features, inputs.num_videos_per_prompt))
         if not inputs.is_guided:
             return Contribution(text=(positive, None))
         negative_rows = inputs.negative_prompt_embeds
         if negative_rows is None:
-            negatives = self._encode(_as_list(inputs.negative_prompt, count, "negative_prompt"), parts)
+            texts = _as_list(inputs.negative_prompt, count, "negative_prompt")
+            negatives = self._encode(texts, parts, cache)
         else:
             negatives = [*negative_rows.expand(count, -1, -1)]
         return Contribution(text=(positive, _pad(_repeat(negatives, inputs.num_videos_per_prompt))))
 
-    def _encode(self, texts: Sequence[str], parts: Components) -> list[Tensor]:
+    def _encode(self, texts: Sequence[str], parts: Components, cache: TextCache | None) -> list[Tensor]:
         """Features (tokens, D) of every text, without padding; equal texts are encoded once."""
-        import torch
-
-        assert parts.tokenizer is not None and parts.text_encoder is not None
         known: dict[str, Tensor] = {}
-        for text in map(clean_prompt, texts):
-            if text not in known:
-                _warn_of_unknown_words(text, parts.known_words)
-                ids, _ = parts.tokenizer.batch([text])
-                with torch.no_grad():
-                    known[text] = parts.text_encoder(ids.to(parts.device))[0]
-        return [known[clean_prompt(text)] for text in texts]
+        cleaned = [clean_prompt(text) for text in texts]
+        for text in dict.fromkeys(cleaned):
+            _warn_of_unknown_words(text, parts.known_words)
+            cached = None if cache is None else cache.find(text)
+            known[text] = _features(text, parts) if cached is None else cached.to(parts.device)
+            if cache is not None and cached is None:
+                cache.store(text, known[text])
+            elif cache is not None and not cache.has_encoder:
+                logger.info("No text encoder is loaded: features of %r are taken as cached.", text)
+        return [known[text] for text in cleaned]
+
+
+def _cache(inputs: TextInputs, parts: Components) -> TextCache | None:
+    return None if inputs.cache_text is None else TextCache(inputs.cache_text, parts)
+
+
+def _features(text: str, parts: Components) -> Tensor:
+    """One cleaned text through the encoder, (tokens, D)."""
+    import torch
+
+    assert parts.tokenizer is not None and parts.text_encoder is not None
+    ids, _ = parts.tokenizer.batch([text])
+    with torch.no_grad():
+        return parts.text_encoder(ids.to(parts.device))[0]
 
 
 def _check_one_source(name: str, text: str | Sequence[str] | None, embeds: Tensor | None) -> None:

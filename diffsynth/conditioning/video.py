@@ -50,6 +50,9 @@ class VideoConditioner:
             raise MissingModelError("input_video needs the VAE; load it (Wan2.1_VAE.pth).")
         return True
 
+    def needs_encoder(self, inputs: VideoInputs, parts: Components) -> bool:
+        return True
+
     def encode(self, inputs: VideoInputs, geometry: Geometry, parts: Components) -> Contribution:
         import torch
 

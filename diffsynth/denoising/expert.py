@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,6 +19,7 @@ class Expert:
 
     dit: WanDiT
     adapters: tuple[DiTAdapter, ...] = ()
+    networks: tuple[str, ...] = ("dit",)  # the names under which these come to the device
 
 
 class Experts:
@@ -29,6 +30,9 @@ class Experts:
         low: answers where the timestep is below the boundary.
         boundary: share of 1000; 0.875 for Wan2.2 T2V, 0.900 for I2V.
         step_cache: may answer instead of the blocks.
+        bring_in: is told, before an expert answers, which networks it needs on the device.
+        interleaves: run each block for both sides of the guidance before the next block: weights come in once
+            for both, at the price of one more stream of tokens; otherwise one side after the other.
     """
 
     def __init__(
@@ -37,12 +41,16 @@ class Experts:
         low: Expert | None = None,
         boundary: float = 0.875,
         step_cache: StepCache | None = None,
+        *,
+        bring_in: Callable[..., None] | None = None,
+        interleaves: bool = True,
     ) -> None:
         if not 0.0 <= boundary <= 1.0:
             raise ArgumentError(
                 f"boundary is {boundary}; give 0 to 1 (0.875 for T2V-A14B, 0.9 for I2V-A14B)."
             )
         self.high, self.low, self.boundary, self.step_cache = high, low, boundary, step_cache
+        self._bring_in, self._interleaves = bring_in, interleaves
         self._branches: dict[tuple[bool, int], tuple[Conditions, Branch]] = {}
 
     def is_high(self, timestep: Tensor) -> bool:
@@ -54,8 +62,11 @@ class Experts:
         is_high = self.is_high(timestep)
         expert = self.high if is_high or self.low is None else self.low
         self._forget(not is_high)
+        if self._bring_in is not None:
+            self._bring_in(*expert.networks)
         branches = [self._branch(expert, is_high, side, index) for index, side in enumerate(sides)]
-        return expert.dit(latents, timestep, branches, self.step_cache)  # type: ignore[no-any-return]
+        together = [branches] if self._interleaves else [[branch] for branch in branches]
+        return [v for some in together for v in expert.dit(latents, timestep, some, self.step_cache)]
 
     def _branch(self, expert: Expert, is_high: bool, side: Conditions, index: int) -> Branch:
         slot = (is_high, index)

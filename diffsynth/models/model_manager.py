@@ -19,15 +19,16 @@ from diffsynth.checkpoints.build import build, load_class
 from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.detect import detect
 from diffsynth.checkpoints.files import PathLike
-from diffsynth.errors import ArgumentError, UnknownCheckpointError, UnsupportedModelError
+from diffsynth.errors import ArgumentError, UnknownCheckpointError
 from diffsynth.models.registry import ARCHITECTURES
+from diffsynth.ops.fp8 import FP8, dtype_name
+from diffsynth.ops.fp8_policy import fp8_summary
 
 logger = logging.getLogger("diffsynth")
 
 Paths = PathLike | Sequence[PathLike | Sequence[PathLike]]
 FilePath = PathLike | Sequence[PathLike] | None
 Device = str | torch.device
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Encoders that other variants need: in a folder of a whole repository they are passed over until they can be
 # built.
 OPTIONAL_IN_FOLDERS = ("wan_video_image_encoder", "wan_video_audio_encoder")
@@ -55,11 +56,15 @@ class ModelManager:
 
     Args:
         torch_dtype: dtype of the weights loaded from now on; None keeps each file's own.
+            ``torch.float8_e4m3fn`` keeps the Linear layers of a network's blocks in fp8, with a scale per row
+            (of the DiT, without its first and last block), and everything else in bfloat16.
         device: where weights are put; None, and the default where there is no GPU: "cuda" if there is one,
             else "cpu".
         model_id_list: ids on the hubs (``"Wan-AI/Wan2.1-T2V-1.3B"``), downloaded now and loaded.
         file_path_list: loaded now, see `load_models`.
         downloading_priority: where ``model_id_list`` is looked for, in this order.
+
+    ``manager.torch_dtype`` is the dtype in which networks compute: bfloat16 for fp8 weights.
     """
 
     def __init__(
@@ -70,7 +75,8 @@ class ModelManager:
         file_path_list: Paths | None = None,
         downloading_priority: Sequence[str] = ("ModelScope", "HuggingFace"),
     ) -> None:
-        self.torch_dtype = _storage_dtype(torch_dtype)
+        self.storage_dtype = _storage_dtype(torch_dtype)
+        self.torch_dtype = torch.bfloat16 if self.storage_dtype == FP8 else self.storage_dtype
         self.device = _resolved_device(device)
         self.loaded: list[LoadedModel] = []
         if model_id_list:
@@ -120,7 +126,7 @@ class ModelManager:
                 the shards of a model may also be given one by one.
             model_names: load only networks of these names; None loads all.
             device: where their weights are put; None: the manager's device.
-            torch_dtype: dtype of their weights; None: the manager's dtype.
+            torch_dtype: dtype of their weights, fp8 as in the manager; None: the manager's dtype.
 
         Raises:
             CheckpointNotFoundError, MissingShardError, CorruptCheckpointError, UnsafeCheckpointError: for
@@ -131,13 +137,13 @@ class ModelManager:
                 incomplete.
         """
         place = self.device if device is None else _resolved_device(device)
-        dtype = self.torch_dtype if torch_dtype is None else _storage_dtype(torch_dtype)
+        dtype = self.storage_dtype if torch_dtype is None else _storage_dtype(torch_dtype)
         matches = _wanted(_recognised(Checkpoint.open_all(file_path_list)), model_names)
         for match in matches:
             match.require_config()
             load_class(match)
         for match in matches:
-            self._add(match, build(match, dtype, place))
+            self._add(match, build(match, dtype, place), dtype)
         return self
 
     @overload
@@ -191,15 +197,16 @@ class ModelManager:
         for entry in self.loaded:
             entry.model.to(_resolved_device(device))
 
-    def _add(self, match: Match, model: nn.Module) -> None:
+    def _add(self, match: Match, model: nn.Module, dtype: torch.dtype | None) -> None:
         tensors = [*model.parameters(), *model.buffers()]
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**30
-        dtypes = sorted(
-            {str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.is_floating_point()}
-        )
+        dtypes = sorted({dtype_name(t.dtype) for t in model.parameters() if t.is_floating_point()})
         logger.info(
             "Loaded %s: %s, %.2f GiB, from %s", match.needs, "/".join(dtypes), size, match.checkpoint.source
         )
+        if dtype == FP8:
+            summary = fp8_summary(model) or "no layers that keep well in fp8; its weights are bfloat16"
+            logger.info("%s: %s", match.name, summary)
         for sentence in match.assumed:
             logger.info("%s: %s", match.name, sentence)
         if match.left_over:
@@ -218,14 +225,17 @@ def _plain_paths(paths: tuple[Path, ...]) -> str | list[str]:
 
 
 def _storage_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
-    if dtype in FP8:
-        raise UnsupportedModelError(
-            f"torch_dtype is {dtype}: keeping weights in fp8 is not in this version yet. Use torch.bfloat16; "
-            "fp8 files load and are widened."
-        )
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is None or dtype == FP8:
+        return dtype
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ArgumentError(
-            f"torch_dtype is {dtype!r}; give torch.bfloat16, torch.float16 or torch.float32, or None."
+            f"torch_dtype is {dtype!r}; give torch.bfloat16, torch.float16, torch.float32 or "
+            "torch.float8_e4m3fn, or None."
+        )
+    if dtype.itemsize == 1:
+        raise ArgumentError(
+            f"torch_dtype is {dtype}; of the fp8 formats weights are kept in torch.float8_e4m3fn, which is "
+            "the most precise. Files in other fp8 formats load too: their weights are rounded anew."
         )
     return dtype
 

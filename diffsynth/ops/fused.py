@@ -2,7 +2,8 @@
 
 Letters: B batch, L tokens, D width, K distinct times of a call, N heads, d = D / N.
 Arithmetic is float32 whatever the dtype of the stream; one rounding at the end. On a CPU the stream is walked
-in pieces that stay in its cache; on a GPU in long pieces. Outside of training the stream is changed in place.
+in pieces that stay in its cache; on a GPU it is worked on whole by generated kernels (`compiled`), or in long
+pieces where nothing is compiled. Outside of training the stream is changed in place.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from diffsynth.ops.compiled import add_gated, compiler, write_modulated_norm, write_rms_norm, write_rotated
 
 CPU_PIECE_BYTES = 1 << 20  # float32 bytes of one piece: about half of a core's second-level cache
 GPU_PIECE_BYTES = 256 << 20
@@ -67,6 +70,19 @@ def _walk(
     return out
 
 
+def _not_compiled(
+    x: Tensor, spans: tuple[Span, ...], generated: Callable[[slice, Span, Tensor | None], bool]
+) -> tuple[Span, ...]:
+    """Run a generated kernel on each span; return the spans that none has worked on, in most cases () or all.
+
+    ``generated`` is given tokens, their span, and the row of each token where a span has several.
+    """
+    if not compiler.serves(x):
+        return spans
+    rows = (None if isinstance(span.row, int) else span.row.to(x.device) for span in spans)
+    return tuple(span for span, row in zip(spans, rows, strict=True) if not generated(span.tokens, span, row))
+
+
 def modulated_layer_norm(
     x: Tensor, shift: Tensor, scale: Tensor, spans: tuple[Span, ...], eps: float
 ) -> Tensor:
@@ -81,7 +97,15 @@ def modulated_layer_norm(
     def work(part: Tensor, span: Span) -> Tensor:
         return torch.addcmul(span.of(shift), F.layer_norm(part.float(), width, eps=eps), 1 + span.of(scale))
 
-    return _walk(x, spans, work, None if torch.is_grad_enabled() else torch.empty_like(x))
+    if torch.is_grad_enabled():
+        return _walk(x, spans, work, None)
+    out = torch.empty_like(x)
+
+    def generated(tokens: slice, span: Span, rows: Tensor | None) -> bool:
+        tables = (shift, scale) if rows is not None else (span.of(shift), span.of(scale))
+        return write_modulated_norm(out[:, tokens], x[:, tokens], *tables, rows, eps)
+
+    return _walk(x, _not_compiled(x, spans, generated), work, out)
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, spans: tuple[Span, ...]) -> Tensor:
@@ -90,7 +114,13 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, spans: tuple[Span, ...]) -> Te
     def work(part: Tensor, span: Span) -> Tensor:
         return torch.addcmul(part.float(), y[:, span.tokens].float(), span.of(gate))
 
-    return _walk(x, spans, work, None if torch.is_grad_enabled() else x)
+    def generated(tokens: slice, span: Span, rows: Tensor | None) -> bool:
+        table = gate if rows is not None else span.of(gate)
+        return add_gated(x[:, tokens], y[:, tokens], table, rows)
+
+    if torch.is_grad_enabled():
+        return _walk(x, spans, work, None)
+    return _walk(x, _not_compiled(x, spans, generated), work, x)
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
@@ -111,7 +141,7 @@ def rms_norm_heads(
     """Normalise q or k over the full width, turn its pairs, split the heads.
 
     Args:
-        x: (B, L, D); changed outside of training.
+        x: (B, L, D); may be changed outside of training.
         weight: (D,), or None for no norm.
         eps: added to the mean square.
         num_heads: N.
@@ -130,8 +160,29 @@ def rms_norm_heads(
         return torch.view_as_real(turned).flatten(2)
 
     if weight is not None or rotation is not None:
-        x = _walk(x, spans_of(None, x.shape[1]), work, None if torch.is_grad_enabled() else x)
+        made = _rms_norm_generated(x, weight, eps, num_heads, rotation)
+        whole = spans_of(None, x.shape[1])
+        x = _walk(x, whole, work, None if torch.is_grad_enabled() else x) if made is None else made
     return x.view(*x.shape[:2], num_heads, -1)
+
+
+def _rms_norm_generated(
+    x: Tensor, weight: Tensor | None, eps: float, num_heads: int, rotation: Tensor | None
+) -> Tensor | None:
+    """`rms_norm_heads` by a generated kernel into a new tensor, (B, L, D); None when none runs.
+
+    One tensor more than in place, while it is made; a block's peak comes later, in attention, which holds q,
+    k, v and the result.
+    """
+    if not compiler.serves(x):
+        return None
+    out = torch.empty_like(x)
+    if rotation is None:
+        assert weight is not None, "nothing to do"
+        return out if write_rms_norm(out, x, weight, eps) else None
+    shape = (*x.shape[:2], num_heads, -1, 2)
+    gain = None if weight is None else weight.view(shape[2:])
+    return out if write_rotated(out.view(shape), x.view(shape), gain, rotation, eps) else None
 
 
 def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -130,7 +130,7 @@ def _take_dits(parts: PipelineComponents, found: list[LoadedModel]) -> None:
     parts.high = Expert(dit=_dit(high))
     parts.sources["dit"] = _source(high)
     if low is not None:
-        parts.low = Expert(dit=_dit(low))
+        parts.low = Expert(dit=_dit(low), networks=("dit_low_noise",))
         parts.sources["dit_low_noise"] = _source(low)
     parts.family = high.match.family
     parts.generation = dict(high.match.generation)

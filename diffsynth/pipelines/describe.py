@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from diffsynth.conditioning.registry import CONDITIONERS
+from diffsynth.ops.fp8 import dtype_name
+from diffsynth.ops.fp8_policy import fp8_summary
 from diffsynth.pipelines.components import PipelineComponents
 
 GIB = 2**30
@@ -12,9 +14,11 @@ GIB = 2**30
 
 def describe(parts: PipelineComponents, precision: str) -> str:
     """Lines of text: networks, experts, inputs, defaults."""
-    lines = [f"WanVideoPipeline on {parts.device}, {_dtype(parts.dtype)}, precision {precision!r}"]
+    lines = [f"WanVideoPipeline on {parts.device}, {dtype_name(parts.dtype)}, precision {precision!r}"]
     for name, network in parts.networks().items():
         lines.append(f"  {name}: {'not loaded' if network is None else _network(network)}")
+        if network is not None and (summary := fp8_summary(network)):
+            lines.append(f"    {summary}")
         if name in parts.sources:
             lines.append(f"    from {parts.sources[name]}")
     if parts.high is not None:
@@ -38,9 +42,5 @@ def _network(network: nn.Module) -> str:
     tensors = list(network.parameters())
     count = sum(t.numel() for t in tensors)
     size = sum(t.numel() * t.element_size() for t in tensors) / GIB
-    kinds = ", ".join(sorted({f"{_dtype(t.dtype)} on {t.device}" for t in tensors}))
+    kinds = ", ".join(sorted({f"{dtype_name(t.dtype)} on {t.device}" for t in tensors}))
     return f"{type(network).__name__}, {count / 1e6:.1f} M parameters, {size:.2f} GiB, {kinds}"
-
-
-def _dtype(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -6,7 +6,9 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
+from math import prod
 from numbers import Integral
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
@@ -19,13 +21,15 @@ from diffsynth.denoising.loop import ProgressBar
 from diffsynth.errors import ArgumentError, UnknownArgumentError, UnusedInputError
 from diffsynth.models.wan.dit import StepCache
 from diffsynth.pipelines.components import PipelineComponents
+from diffsynth.pipelines.decoding import Tiling
+from diffsynth.pipelines.saved_latents import check_latents_path
 from diffsynth.sampling.registry import SAMPLERS
 
 logger = logging.getLogger("diffsynth")
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 TEMPORAL_STRIDE = 4
-V1_TILE_SIZE, V1_TILE_STRIDE = (30, 52), (15, 26)  # latent positions
+PLACES = ("save_latents", "cache_text")  # arguments that name places of this machine: no settings of a video
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +56,7 @@ class CallOptions:
     tile_size: tuple[int, int] | None = None  # height and width in latent positions
     tile_stride: tuple[int, int] | None = None
     output_type: Literal["pil", "pt", "np", "latent"] = "pil"
+    save_latents: str | Path | None = None  # .safetensors, written before the VAE is asked; see `pipe.decode`
     callback_on_step_end: Callable[..., Mapping[str, Tensor] | None] | None = (
         None  # (pipe, step, timestep, tensors)
     )
@@ -142,12 +147,7 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
     """
     given = _known_only(arguments)
     _check_grid(given)
-    resolved = {
-        **V1_DEFAULTS,
-        **OFFICIAL_DEFAULTS.get((parts.family, parts.low is not None), {}),
-        **parts.generation,
-    }
-    resolved = {k: v for k, v in resolved.items() if k in known_arguments()}
+    resolved = {k: v for k, v in usual_values(parts).items() if k in known_arguments()}
     if given.get("cfg_scale") is not None:
         resolved.pop("cfg_scale_low_noise", None)  # the caller's scale is meant for both experts
     resolved.update({k: v for k, v in given.items() if v is not None})
@@ -160,6 +160,8 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
         raise ArgumentError(f"num_videos_per_prompt is {text.num_videos_per_prompt}; give 1 or more.")
     num_videos = text.num_prompts * text.num_videos_per_prompt
     geometry = _geometry(options, parts, num_videos)
+    if options.save_latents is not None:
+        check_latents_path(options.save_latents, prod(geometry.latent_shape))
     inputs = {}
     for name, conditioner in CONDITIONERS.items():
         own = read_inputs(conditioner.Inputs, resolved)
@@ -186,6 +188,12 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
             }
         ),
     )
+
+
+def usual_values(parts: PipelineComponents) -> dict[str, object]:
+    """What arguments are when nobody gives them: the checkpoint's, the official, v1's, in this order."""
+    official = OFFICIAL_DEFAULTS.get((parts.family, parts.low is not None), {})
+    return {**V1_DEFAULTS, **official, **parts.generation}
 
 
 def _known_only(arguments: Mapping[str, object]) -> dict[str, object]:
@@ -237,20 +245,9 @@ def _check_options(options: CallOptions, resolved: Mapping[str, object]) -> None
 
 
 def _tiling(options: CallOptions, precision: str) -> CallOptions:
-    tiled = (precision == "v1") if options.tiled is None else options.tiled
-    size = options.tile_size or V1_TILE_SIZE
-    halves = tuple(max(1, edge // 2) for edge in size)
-    stride = options.tile_stride or (V1_TILE_STRIDE if options.tile_size is None else halves)
-    for name, pair in (("tile_size", size), ("tile_stride", stride)):
-        if len(pair) != 2 or min(pair) < 1:
-            raise ArgumentError(
-                f"{name} is {pair}; give height and width in latent positions, such as {V1_TILE_SIZE}."
-            )
-    if any(s > t for s, t in zip(stride, size, strict=True)):
-        raise ArgumentError(
-            f"tile_stride {stride} is larger than tile_size {size}: parts of the picture would be left out."
-        )
-    return replace(options, tiled=tiled, tile_size=(size[0], size[1]), tile_stride=(stride[0], stride[1]))
+    tiling = Tiling(options.tiled, options.tile_size, options.tile_stride)
+    tiled = tiling.starts_tiled(precision)
+    return replace(options, tiled=tiled, tile_size=tiling.size, tile_stride=tiling.stride)
 
 
 def _geometry(options: CallOptions, parts: PipelineComponents, num_videos: int) -> Geometry:
@@ -294,8 +291,9 @@ def _plain(values: Mapping[str, object]) -> dict[str, object]:
     """Only what reads as text later: numbers, strings and lists of them."""
     kept: dict[str, object] = {}
     for name, value in values.items():
-        if isinstance(value, (str, int, float)) or (
-            isinstance(value, (list, tuple)) and all(isinstance(v, (str, int, float)) for v in value)
+        if name not in PLACES and (
+            isinstance(value, (str, int, float))
+            or (isinstance(value, (list, tuple)) and all(isinstance(v, (str, int, float)) for v in value))
         ):
             kept[name] = value
     return kept

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -14,24 +16,26 @@ from diffsynth.conditioning.conditions import Contribution, Merged, merge
 from diffsynth.conditioning.registry import CONDITIONERS
 from diffsynth.denoising.expert import Experts
 from diffsynth.denoising.loop import Guidance, denoise
-from diffsynth.errors import ArgumentError, MissingModelError
+from diffsynth.errors import ArgumentError, BusyPipelineError, MissingModelError
 from diffsynth.models.download import looks_like_id
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.pipelines.components import PipelineComponents, collect
+from diffsynth.pipelines.decoding import Tiling, VideoDecoder
 from diffsynth.pipelines.describe import describe
+from diffsynth.pipelines.memory import MemoryLimits, plan_call, sizes_of, usual_sizes
+from diffsynth.pipelines.noise import draw_noise, prepared_sampler
 from diffsynth.pipelines.request import VideoRequest, call_signature, read_request
-from diffsynth.sampling.registry import SAMPLERS
+from diffsynth.pipelines.saved_latents import latents_kept, provenance, save_latents
 from diffsynth.sampling.sampler import Sampler
 from diffsynth.sampling.schedule import add_noise
-from diffsynth.video import tensor_to_frames, to_pil
+from diffsynth.vram_management.plan import MemoryPlan
 from diffsynth.vram_management.residency import Residency
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from PIL.Image import Image
 
-    Videos = list[Image] | list[list[Image]] | Tensor | NDArray[np.float32]
+    from diffsynth.pipelines.decoding import OutputType, Videos
 
 logger = logging.getLogger("diffsynth")
 Precision = Literal["official", "v1"]
@@ -54,6 +58,9 @@ class WanVideoPipeline:
         self.last_settings: Mapping[str, object] = {}  # of the last call, with defaults and seed filled in
         self._residency = Residency(parts.networks(), parts.device)
         self._is_interrupted = False
+        self._limits: MemoryLimits | None = None
+        self._memory: MemoryPlan | None = None
+        self._in_use = Lock()
 
     @classmethod
     def from_model_manager(
@@ -159,6 +166,51 @@ class WanVideoPipeline:
         """Of intermediate results."""
         return self.parts.dtype
 
+    @property
+    def memory_plan(self) -> MemoryPlan | None:
+        """The plan of the last call, or of `enable_vram_management`; None without limits."""
+        return self._memory
+
+    def enable_vram_management(
+        self,
+        num_persistent_param_in_dit: int | None = None,
+        vram_limit: float | Literal["auto"] | None = None,
+        ram_limit: float | None = None,
+    ) -> None:
+        """Run within less memory: blocks that do not fit are streamed from the host just ahead of their use.
+
+        Every call is planned by its own sizes; `memory_plan` and ``diffsynth plan`` show the plan. Called
+        again, the new limits replace the old ones. With no limit at all each network comes to the device for
+        its phase as a whole, as it does without this call.
+
+        Args:
+            num_persistent_param_in_dit: about so many parameters of each DiT stay on the device, spread
+                evenly through its depth; 0 streams every block.
+            vram_limit: GiB of the device that a call may use; "auto" is what is free when it begins.
+            ram_limit: GiB of host memory for resting weights; where they do not fit, blocks are read from
+                their file through a small ring.
+
+        Raises:
+            MemoryBudgetError: when the model's usual sizes do not fit; says the minimum and what lowers it.
+            ArgumentError: for values that cannot work.
+        """
+        limits = MemoryLimits(
+            num_persistent_param_in_dit=num_persistent_param_in_dit,
+            vram_limit=vram_limit,
+            ram_limit=ram_limit,
+        )
+        with self._alone():
+            plan = None if limits.is_free else plan_call(self.parts, limits, usual_sizes(self.parts))
+            self._limits = None if limits.is_free else limits
+            self._follow(plan)
+
+    def disable_vram_management(self) -> None:
+        """Undo `enable_vram_management`: plain networks, which come for their phase as a whole."""
+        with self._alone():
+            self._limits = None
+            self._follow(None)
+            self._residency.close()
+
     def describe(self) -> str:
         """What is loaded, what inputs it reads and which defaults a call has."""
         return describe(self.parts, self.precision)
@@ -181,34 +233,101 @@ class WanVideoPipeline:
             MissingModelError: when a network is needed that is not loaded.
             NotFiniteError: when latents become NaN; says at which step.
         """
+        with self._alone():
+            return self._generate({"prompt": prompt, "negative_prompt": negative_prompt, **arguments})
+
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: Tensor,
+        *,
+        output_type: OutputType = "pil",
+        tiled: bool | None = None,
+        tile_size: tuple[int, int] | None = None,
+        tile_stride: tuple[int, int] | None = None,
+    ) -> Videos:
+        """Make videos of latents (B, C, T, h, w), as the end of a call does; only the VAE must be loaded.
+
+        Raises:
+            ArgumentError: for latents or tiles that this VAE cannot take.
+            MissingModelError: without a VAE.
+            torch.OutOfMemoryError: when neither tiles nor the CPU has room, or ``tiled=False`` forbids them.
+        """
+        if output_type not in ("pil", "pt", "np"):
+            raise ArgumentError(f"output_type is {output_type!r}; known: pil, pt, np.")
+        decoder = self._decoder(latents, Tiling(tiled, tile_size, tile_stride))
+        with self._alone(), self._residency.use("vae"):
+            return decoder.videos(latents, output_type, is_batch=latents.shape[0] > 1)
+
+    def decode_stream(
+        self,
+        latents: Tensor,
+        *,
+        tiled: bool | None = None,
+        tile_size: tuple[int, int] | None = None,
+        tile_stride: tuple[int, int] | None = None,
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Yield the frames (H, W, 3) of one video (1, C, T, h, w) as they are decoded; see `decode`.
+
+        ``save_video(pipe.decode_stream(latents), PATH)`` writes a video of any length with the same memory,
+        unless it is decoded in tiles: those keep 12 bytes per pixel and frame.
+        """
+        decoder = self._decoder(latents, Tiling(tiled, tile_size, tile_stride))
+        if latents.shape[0] != 1:
+            raise ArgumentError(f"latents hold {latents.shape[0]} videos; give one: latents[i : i + 1].")
+        return self._stream(decoder, latents)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._in_use.acquire(blocking=False):
+            raise BusyPipelineError(
+                "This pipeline is in a call already, of another thread or a callback; wait for its end, or "
+                "make a second pipeline from the same manager."
+            )
+        try:
+            yield
+        finally:
+            self._in_use.release()
+
+    def _follow(self, plan: MemoryPlan | None) -> None:
+        """Let networks rest and run as a plan says; None: as without limits."""
+        before = {} if self._memory is None else self._memory.networks
+        after = {} if plan is None else plan.networks
+        if after != before:
+            self._residency.arrange(after)
+        for expert in (self.parts.high, self.parts.low):
+            if expert is not None:
+                expert.dit.keeps_keys = plan is None or plan.keeps_keys
+                expert.dit.ffn_chunk_tokens = None if plan is None else plan.ffn_chunk_tokens
+        self._memory = plan
+
+    def _generate(self, arguments: Mapping[str, object]) -> Videos:
         self._is_interrupted = False
-        request = read_request(
-            {"prompt": prompt, "negative_prompt": negative_prompt, **arguments}, self.parts, self.precision
-        )
+        request = read_request(arguments, self.parts, self.precision)
         if self.parts.high is None:
             raise MissingModelError(
                 "No DiT is loaded; load one (Wan2.1-T2V-1.3B's diffusion_pytorch_model.safetensors)."
             )
         if self.parts.vae is None and request.options.output_type != "latent":
             raise MissingModelError("No VAE is loaded; load Wan2.1_VAE.pth, or ask for output_type='latent'.")
-        sampler = _prepared_sampler(request)
-        noise, seed = _draw_noise(request)
+        sampler = prepared_sampler(request)
+        noise, seed = draw_noise(request)
         self.last_settings = {**request.settings, **({} if seed is None else {"seed": seed})}
+        if self._limits is not None:
+            self._follow(plan_call(self.parts, self._limits, sizes_of(request)))
         conditions = self._encode(request)
-        latents = self._denoise(request, conditions, sampler, noise)
-        if request.options.output_type == "latent":
-            return latents
-        return self._decode(request, latents)
+        return self._decode(request, self._denoise(request, conditions, sampler, noise))
 
     def _encode(self, request: VideoRequest) -> Merged:
         """Lines 2 to 4 of a generation: each encoder comes in once."""
         contributions: dict[str, Contribution] = {}
         encoders = dict.fromkeys(CONDITIONERS[name].encoder for name in request.inputs)
         for encoder in encoders:
-            with self._residency.use(*(() if encoder is None else (encoder,))):
-                for name, inputs in request.inputs.items():
-                    if CONDITIONERS[name].encoder == encoder:
-                        contributions[name] = CONDITIONERS[name].encode(inputs, request.geometry, self.parts)
+            group = {n: inputs for n, inputs in request.inputs.items() if CONDITIONERS[n].encoder == encoder}
+            is_needed = any(CONDITIONERS[n].needs_encoder(inputs, self.parts) for n, inputs in group.items())
+            with self._residency.use(*((encoder,) if encoder is not None and is_needed else ())):
+                for name, inputs in group.items():
+                    contributions[name] = CONDITIONERS[name].encode(inputs, request.geometry, self.parts)
         return merge(contributions)
 
     def _denoise(self, request: VideoRequest, conditions: Merged, sampler: Sampler, noise: Tensor) -> Tensor:
@@ -220,8 +339,11 @@ class WanVideoPipeline:
         is_v1 = self.precision == "v1"
         latents = plan.pin(latents.to(self.parts.dtype if is_v1 else torch.float32))
         boundary = self.parts.boundary if options.switch_DiT_boundary is None else options.switch_DiT_boundary
-        experts = Experts(self.parts.high, self.parts.low, boundary, options.step_cache)
-        with self._residency.use("dit", "dit_low_noise"):
+        experts = Experts(
+            self.parts.high, self.parts.low, boundary, options.step_cache, bring_in=self._residency.enter,
+            interleaves=self._memory is None or self._memory.interleaves_branches,
+        )  # fmt: skip
+        with self._residency.use(*self.parts.high.networks):
             latents = denoise(
                 experts, sampler, latents, positive=conditions.positive, negative=conditions.negative,
                 plan=plan, guidance=Guidance(high=request.cfg_scale, low=request.cfg_scale_low_noise),
@@ -245,71 +367,24 @@ class WanVideoPipeline:
         return on_step
 
     def _decode(self, request: VideoRequest, latents: Tensor) -> Videos:
-        with self._residency.use("vae"):
-            decoded = (self._decode_one(one, request) for one in torch.split(latents, 1))
-            if request.options.output_type == "pil":
-                rounding: Literal["round", "truncate"] = "truncate" if self.precision == "v1" else "round"
-                videos = [to_pil(tensor_to_frames(video, rounding)[0]) for video in decoded]
-                return videos if request.is_batch else videos[0]
-            stacked = torch.cat([video.add_(1).div_(2).transpose(1, 2).cpu() for video in decoded])
-        return stacked if request.options.output_type == "pt" else stacked.movedim(2, -1).numpy()
+        """Latents are on the disk, if asked for, before the VAE is."""
+        options, file = request.options, None
+        if options.save_latents is not None:
+            settings = provenance(self.parts, self.precision, self.last_settings)
+            file = save_latents(options.save_latents, latents, self.parts, settings)
+        if options.output_type == "latent":
+            return latents
+        decoder = self._decoder(latents, Tiling(options.tiled, options.tile_size, options.tile_stride))
+        with latents_kept(file), self._residency.use("vae"):
+            return decoder.videos(latents, options.output_type, is_batch=request.is_batch)
 
-    def _decode_one(self, latents: Tensor, request: VideoRequest) -> Tensor:
-        """(1, C, F, H, W) -> (1, 3, F, H, W) float32 in [-1, 1]."""
-        assert self.parts.vae is not None
-        vae, options = self.parts.vae, request.options
-        if not options.tiled:
-            try:
-                return vae.decode(latents).clamp_(-1, 1)
-            except torch.OutOfMemoryError:
-                logger.warning(
-                    "Out of memory while decoding the whole picture; decoding in tiles of %s.",
-                    options.tile_size,
-                )
-        return vae.decode(latents, tile_size=options.tile_size, tile_stride=options.tile_stride).clamp_(-1, 1)
+    def _decoder(self, latents: Tensor, tiling: Tiling) -> VideoDecoder:
+        return VideoDecoder.of(self.parts, self.precision, tiling, latents)
+
+    @torch.no_grad()
+    def _stream(self, decoder: VideoDecoder, latents: Tensor) -> Iterator[NDArray[np.uint8]]:
+        with self._alone(), self._residency.use("vae"):
+            yield from decoder.frames(latents)
 
 
 WanVideoPipeline.__call__.__signature__ = call_signature()  # type: ignore[attr-defined]
-
-
-def _prepared_sampler(request: VideoRequest) -> Sampler:
-    options = request.options
-    sampler = SAMPLERS[str(options.sampler)]()
-    if options.sigmas is not None:
-        sampler.set_sigmas(options.sigmas, options.timesteps)
-    else:
-        assert options.num_inference_steps is not None and options.sigma_shift is not None
-        sampler.reset(options.num_inference_steps, options.sigma_shift, request.denoising_strength)
-    return sampler
-
-
-def _draw_noise(request: VideoRequest) -> tuple[Tensor, int | None]:
-    """Noise (B, C, F, H, W) float32 and the seed it came from (None when the caller gave the noise)."""
-    options, shape = request.options, request.geometry.latent_shape
-    if options.latents is not None:
-        if options.seed is not None:
-            raise ArgumentError(
-                "seed and latents are both given; latents are the noise that a seed would draw."
-            )
-        if tuple(options.latents.shape) != shape:
-            raise ArgumentError(
-                f"latents have shape {tuple(options.latents.shape)}; this request needs {shape}."
-            )
-        return options.latents.float(), None
-    seed = options.seed
-    if seed is None:
-        seed = int(torch.randint(0, 2**31 - 1, ()))
-        logger.info("seed=%d was drawn.", seed)
-    rows = []
-    try:
-        generator = torch.Generator(options.rand_device)
-    except RuntimeError as error:
-        raise ArgumentError(
-            f"rand_device is {options.rand_device!r}; give 'cpu', or 'cuda' where there is a GPU."
-        ) from error
-    for index in range(shape[0]):
-        # float32 on the CPU whatever the device, unless asked otherwise: one seed, one video, on every
-        # machine.
-        generator.manual_seed(seed + index)
-        rows.append(torch.randn((1, *shape[1:]), generator=generator, device=options.rand_device))
-    return torch.cat(rows), seed

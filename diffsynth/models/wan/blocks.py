@@ -111,6 +111,9 @@ class CrossAttention(Attention):
 class DiTBlock(nn.Module):
     """A block as every Wan network has it. Outside of training it changes its input in place."""
 
+    # What `CrossAttention.keys` reads and nothing else does: not needed once the keys are kept.
+    key_layers = tuple(f"cross_attn.{name}." for name in ("k", "v", "norm_k", "k_img", "v_img", "norm_k_img"))
+
     def __init__(self, sizes: BlockSizes) -> None:
         super().__init__()
         self.sizes = sizes

@@ -25,6 +25,7 @@ from diffsynth.models.wan.blocks import BlockSizes, CrossKeys, DiTBlock
 from diffsynth.models.wan.stream import Call, TokenStream, read_clocks
 from diffsynth.models.wan.text_tokens import TextTokens, compact_padding
 from diffsynth.ops.attention import AttentionKernel, attend
+from diffsynth.ops.fp8_policy import Fp8Policy
 from diffsynth.ops.fused import linear_float32, modulated_layer_norm, spans_of
 from diffsynth.ops.rope import video_rotation
 from diffsynth.vram_management.visit import Visit, in_order
@@ -166,6 +167,8 @@ class WanDiT(nn.Module):
     how blocks come in for their turn; ``keeps_keys``, whether a branch keeps each block's cross-attention
     keys from one step to the next.
     """
+
+    fp8_policy = Fp8Policy(num_edge_blocks=1, multiplies=("self_attn.", "ffn."))
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth.ops.attention import attend
+from diffsynth.ops.fp8_policy import Fp8Policy
 from diffsynth.ops.fused import rms_norm
 from diffsynth.vram_management.visit import Visit, in_order
 
@@ -124,7 +125,14 @@ class TextEncoderLayer(nn.Module):
 
 
 class WanTextEncoder(nn.Module):
-    """Token ids -> features."""
+    """Token ids -> features.
+
+    Set from outside: ``visit``, how blocks come in for their turn. The table of words may rest on another
+    device than the layers: some rows of it are looked up there.
+    """
+
+    host_tables = ("token_embedding.weight",)
+    fp8_policy = Fp8Policy()
 
     def __init__(self, config: TextEncoderConfig | None = None) -> None:
         super().__init__()
@@ -132,7 +140,7 @@ class WanTextEncoder(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(TextEncoderLayer(config) for _ in range(config.num_layers))
         self.norm = LayerNorm(config.dim, config.eps)
-        self.visit: Visit = in_order  # set from outside: how blocks come in for their turn
+        self.visit: Visit = in_order
 
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> WanTextEncoder:
@@ -143,7 +151,7 @@ class WanTextEncoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the layers compute."""
-        return self.token_embedding.weight.device
+        return self.norm.weight.device
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return features of every position.
@@ -155,10 +163,11 @@ class WanTextEncoder(nn.Module):
         Returns:
             (B, L, D); rows of padding are computed and mean nothing.
         """
-        x = self.token_embedding(ids)
-        buckets = relative_buckets(ids.shape[1], self.config.num_buckets).to(ids.device)
+        x = self.token_embedding(ids.to(self.token_embedding.weight.device)).to(self.device)
+        buckets = relative_buckets(ids.shape[1], self.config.num_buckets).to(self.device)
         hidden = None
         if mask is not None and not bool(mask.all()):
+            mask = mask.to(self.device)
             lowest = torch.finfo(x.dtype).min
             hidden = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(mask == 0, lowest)[:, None, None, :]
         for block in self.visit(self.blocks):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from diffsynth import __version__
-from diffsynth.cli.flags import FLAGS, DtypeName, PrecisionName, SamplerName
+from diffsynth.cli.flags import FLAGS, TORCH_NAMES, DtypeName, PrecisionName, SamplerName
 from diffsynth.pipelines.request import UNREAD, known_arguments
 from diffsynth.sampling.registry import SAMPLERS
 from tests.unit.checkpoints.weights import manifests, write_sparse
@@ -22,6 +22,7 @@ PYTHON_ONLY = {
     "prompt",  # the one positional argument
     "prompt_embeds", "negative_prompt_embeds", "latents", "sigmas", "timesteps", "step_cache",
     "callback_on_step_end", "progress_bar_cmd", "progress_bar_st", "output_type", "rand_device",
+    "save_latents",  # generate names the file itself
 }  # fmt: skip
 
 # what a run imports and how much memory it takes, told at its end
@@ -40,7 +41,10 @@ main()
 """
 
 
-@pytest.mark.parametrize("command", ["--version", "--help", "generate --help", "inspect --help", "inspect"])
+LIGHT = ["--version", "--help", "generate --help", "decode --help", "inspect --help", "inspect"]
+
+
+@pytest.mark.parametrize("command", LIGHT)
 def test_light_commands_import_nothing_heavy(command: str, tmp_path: Path) -> None:
     arguments = command.split()
     if command == "inspect":
@@ -74,7 +78,8 @@ def test_choices_are_what_the_pipeline_knows() -> None:
     import torch
 
     assert [name.value for name in SamplerName] == list(SAMPLERS)
-    assert all(isinstance(getattr(torch, name.value), torch.dtype) for name in DtypeName)
+    names = [TORCH_NAMES.get(name.value, name.value) for name in DtypeName]
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in names)
     assert [name.value for name in PrecisionName] == ["official", "v1"]
 
 

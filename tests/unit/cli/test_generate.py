@@ -19,7 +19,6 @@ from diffsynth.cli import generate
 from diffsynth.cli.app import main
 from diffsynth.cli.flags import FLAGS
 from diffsynth.errors import DiffSynthError
-from diffsynth.models.model_manager import ModelManager
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from tests.toys import write_toy_dit
 from tests.unit.cli.running import Ran, Shell
@@ -111,6 +110,7 @@ def test_every_flag_of_a_call_reaches_the_pipeline(
         "seed": 1, "strict": True, "num_inference_steps": 2, "cfg_scale": 4.0, "cfg_scale_low_noise": 3.0,
         "sampler": "dpm++", "sigma_shift": 7.0, "switch_DiT_boundary": 0.8, "denoising_strength": 0.5,
         "tiled": True, "tile_size": (4, 4), "tile_stride": (2, 3), "input_video": tmp_path / "in.mp4",
+        "cache_text": tmp_path / "texts",
     }  # fmt: skip
     assert set(values) == {flag.name for flag in FLAGS if flag.is_call}
     arguments: list[object] = []
@@ -133,7 +133,9 @@ def test_every_flag_of_a_call_reaches_the_pipeline(
     ran = make(*arguments)
     assert ran.status == 0, ran.err
     assert isinstance(seen["input_video"], VideoData)
-    assert {**seen, "input_video": values["input_video"]} == {"prompt": "a red circle", **values}
+    assert {**seen, "input_video": values["input_video"]} == {
+        "prompt": "a red circle", "output_type": "latent", **values,
+    }  # fmt: skip
 
 
 def test_quiet_says_only_what_was_made(make: Any) -> None:
@@ -188,7 +190,7 @@ def test_a_full_disk_is_known_before_a_model_is_loaded(
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage)
     monkeypatch.setattr(WanVideoPipeline, "from_pretrained", never)
     ran = make()
-    assert ran.status == 1 and "needs about 15.4 MiB, but only 1.0 MiB are free" in ran.err
+    assert ran.status == 1 and "needs about 23.1 MiB, but only 1.0 MiB are free" in ran.err
 
 
 @pytest.mark.parametrize(
@@ -287,8 +289,11 @@ def test_ctrl_c_while_the_file_is_written_keeps_the_old_one(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(VideoWriter, "write", press)
-    assert make("--seed", 2).status == 130
-    assert files(tmp_path / "made") == ["video.mp4"]
+    ran = make("--seed", 2, "--quiet")
+    latents = tmp_path / "made" / "video.latents.safetensors"
+    assert ran.status == 130 and f"warning: The latents are kept in {latents}; " in ran.err
+    assert f"diffsynth decode {latents}" in ran.err
+    assert files(tmp_path / "made") == [latents.name, "video.mp4"]
     assert (tmp_path / "made" / "video.mp4").read_bytes() == before
 
 
@@ -296,10 +301,61 @@ def test_a_full_gpu_is_told_with_what_to_do(make: Any, monkeypatch: pytest.Monke
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(ModelManager, "load_models", lambda self, *_: self)
     monkeypatch.setattr(WanVideoPipeline, "__call__", full)
     ran = make("--quiet")
     assert ran.status == 1 and "CUDA out of memory. Ask for a smaller --height" in ran.err
+
+
+def test_the_file_holds_what_the_pipeline_gives(make: Any, tmp_path: Path, toy_folder: Path) -> None:
+    assert make("--seed", 5, "--num-frames", 17, "--keep-latents").status == 0
+    made = tmp_path / "made" / "video.mp4"
+    pipe = WanVideoPipeline.from_pretrained(toy_folder, torch_dtype=torch.float32, device="cpu")
+    save_video(pipe("a red circle", seed=5, num_frames=17), tmp_path / "other.mp4", fps=8)
+    frames = zip(VideoData(made), VideoData(tmp_path / "other.mp4"), strict=True)
+    assert all(np.array_equal(a, b) for a, b in frames)
+    assert files(made.parent) == ["video.latents.safetensors", "video.mp4"]
+
+
+def test_latents_are_safe_before_the_first_of_several_is_decoded(
+    make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("diffsynth.models.wan.vae.WanVideoVAE.decode_stream", full)
+    ran = make("--num-videos-per-prompt", 2, "--no-tiled", "--quiet")
+    assert ran.status == 1 and "tiled=False asked for nothing else" in ran.err and "Traceback" not in ran.err
+    names = ["video-1.latents.safetensors", "video-2.latents.safetensors"]
+    assert files(tmp_path / "made") == names and f"diffsynth decode {tmp_path}/made/{names[0]}" in ran.err
+    assert f"{names[0]} is there" in make("--num-videos-per-prompt", 2, "--no-tiled").err
+
+
+@pytest.mark.parametrize("name", ["video.latents.safetensors", "v" * 245 + ".mp4"], ids=["folder", "long"])
+def test_latents_that_cannot_be_written_are_known_first(
+    make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.setattr(WanVideoPipeline, "from_pretrained", never)
+    if name.endswith(".safetensors"):
+        (tmp_path / "made" / name).mkdir(parents=True)
+    ran = make(out="video.mp4" if name.endswith(".safetensors") else name)
+    assert ran.status == 1 and ran.err.startswith("error: ") and "latents.safetensors" in ran.err
+
+
+def test_a_model_without_vae_is_told_before_the_first_step(make: Any, toy_folder: Path) -> None:
+    ran = make("--quiet", "--model", toy_folder / "t5.safetensors", model=toy_folder / "dit.safetensors")
+    assert ran.status == 1 and "--model holds no VAE" in ran.err
+
+
+def test_prompts_are_kept_and_the_text_encoder_left_out(make: Any, tmp_path: Path, toy_folder: Path) -> None:
+    texts = tmp_path / "texts"
+    made = tmp_path / "made" / "video.mp4"
+    assert make("--seed", 1, "--cache-text", texts).status == 0
+    first = [np.asarray(frame) for frame in VideoData(made)]
+    files_only = ("--model", toy_folder / "vae.safetensors", "--cache-text", texts, "--seed", 1)
+    ran = make(*files_only, model=toy_folder / "dit.safetensors")
+    assert ran.status == 0 and "taken as cached" in ran.err
+    assert all(np.array_equal(a, b) for a, b in zip(first, VideoData(made), strict=True))
+    assert "cache_text" not in read_metadata(made)
 
 
 def test_without_a_model_the_tiny_wan_is_used(

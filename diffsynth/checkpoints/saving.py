@@ -1,0 +1,34 @@
+"""Tensors into a .safetensors file that appears when it is complete, or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffsynth.video.paths import replacing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file under a temporary name, make sure that it is on the disk, then rename it.
+
+    Args:
+        path: its folder exists; a file of this name is replaced.
+        tensors: on any device, each with memory of its own.
+        metadata: texts for the header.
+
+    Raises:
+        OutputPathError: when the disk is full or fails; nothing half-written stays.
+    """
+    from safetensors.torch import save
+
+    # Written here and not by the library, whose errors do not tell a full disk from a wrong tensor.
+    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, dict(metadata))
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,289 @@
+"""``diffsynth plan``: what a generation takes, told from headers alone, without torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+from diffsynth.checkpoints.architecture import Match
+from diffsynth.checkpoints.checkpoint import Checkpoint
+from diffsynth.checkpoints.detect import detect
+from diffsynth.checkpoints.files import group_files
+from diffsynth.errors import AmbiguousModelError, CheckpointError, MemoryBudgetError, MissingModelError
+from diffsynth.models.registry import ARCHITECTURES, NOT_PLANNED
+from diffsynth.vram_management.plan import (
+    DiTSizes,
+    LayerSpec,
+    MemoryPlan,
+    Rates,
+    layers_of_shapes,
+    plan_memory,
+)
+
+GIB = 2**30
+STORED = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp8": "F8_E4M3"}
+TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "float8_e4m3fn"}
+NETWORKS = {  # architecture -> name in a pipeline; DiTs are told apart by their role
+    "wan_video_text_encoder": "text_encoder",
+    "wan_video_image_encoder": "image_encoder",
+    "wan_video_audio_encoder": "audio_encoder",
+    "wan_video_vae": "vae",
+    "wan_video_vace": "vace",
+    "wan_video_reference_adapter": "reference",
+    "wan_video_camera_adapter": "camera",
+    "wan_video_speech_adapter": "speech",
+    "wan_video_animate_adapter": "animate",
+    "wan_video_motion_controller": "motion",
+}
+ADAPTERS = ("vace", "reference", "camera", "speech", "animate", "motion")
+IMAGE_TOKENS = 257  # of a picture, from the Wan2.1 image encoder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanRequest:
+    """What the command was given."""
+
+    height: int
+    width: int
+    num_frames: int
+    num_branches: int
+    dtype: str  # "bf16", "fp16", "fp32" or "fp8"
+    num_persistent: int | None
+    vram_gib: float | None
+    ram_gib: float | None
+    rates: Rates
+
+    def __str__(self) -> str:
+        guided = "" if self.num_branches > 1 else ", no guidance"
+        return f"{self.height} x {self.width}, {self.num_frames} frames, {self.dtype}{guided}"
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """The networks of a pipeline among some files, and what was passed over."""
+
+    matches: dict[str, Match] = field(default_factory=dict)  # by name in the pipeline
+    passed_over: list[str] = field(default_factory=list)  # sentences
+    _layers: dict[str, list[LayerSpec]] = field(default_factory=dict)  # by dtype
+
+    def layers(self, dtype: str) -> list[LayerSpec]:
+        """Every tensor, as it is stored once loaded."""
+        if dtype not in self._layers:
+            self._layers[dtype] = [
+                layer
+                for name, match in self.matches.items()
+                for layer in layers_of_shapes(
+                    name, match.checkpoint.shapes, match.checkpoint.dtypes, stored_dtype=STORED[dtype]
+                )
+            ]
+        return self._layers[dtype]
+
+    def plan(self, request: PlanRequest) -> MemoryPlan:
+        """Plan a generation.
+
+        Raises:
+            MemoryBudgetError: when it does not fit.
+        """
+        dit = self.matches.get("dit")
+        config: Mapping[str, object] = {} if dit is None else dit.require_config()
+        image_tokens = config.get("image_tokens_pos") or (IMAGE_TOKENS if config.get("image_dim") else 0)
+        assert isinstance(image_tokens, int)
+        return plan_memory(
+            self.layers(request.dtype), dit=DiTSizes.from_config(config) if dit else None,
+            height=request.height, width=request.width, num_frames=request.num_frames,
+            num_branches=request.num_branches, image_tokens=image_tokens,
+            compute_dtype="BF16" if request.dtype == "fp8" else STORED[request.dtype],
+            num_persistent_param_in_dit=request.num_persistent, vram_limit_gib=request.vram_gib,
+            ram_limit_gib=request.ram_gib, rates=request.rates,
+        )  # fmt: skip
+
+
+def find_parts(paths: Sequence[str]) -> Parts:
+    """Sort the networks of some files into the parts of a pipeline, by headers alone.
+
+    Raises:
+        CheckpointNotFoundError, MissingShardError: as for ``inspect``.
+        AmbiguousModelError: when several networks could be one part.
+        MissingModelError: when none of them is part of a pipeline, or an adapter comes without a DiT.
+    """
+    parts, by_file = Parts(), list[list[Match]]()
+    for group in group_files(list(paths)):
+        try:
+            by_file.append(detect(Checkpoint.open_group(group), ARCHITECTURES))
+        except CheckpointError as error:
+            parts.passed_over.append(str(error))
+    low_files = _low_noise_files(by_file)
+    for matches in by_file:
+        is_low = any(matches is low for low in low_files)
+        for match in matches:
+            name = "dit" if match.name == "wan_video_dit" else NETWORKS[match.name]
+            if match.architecture.planned_in == NOT_PLANNED:
+                parts.passed_over.append(
+                    f"{match.checkpoint.source} is {match.needs}. {match.architecture.planned_in}"
+                )
+            else:
+                _put(parts, f"{name}_low_noise" if is_low else name, match)
+    if not parts.matches:
+        raise MissingModelError("None of these is a network of a pipeline. " + " ".join(parts.passed_over))
+    adapters = [match for name, match in parts.matches.items() if name in ADAPTERS]
+    if adapters and "dit" not in parts.matches:
+        raise MissingModelError(
+            f"{adapters[0].checkpoint.source} is {adapters[0].needs}, which works beside a DiT: "
+            "give that too."
+        )
+    return parts
+
+
+def _low_noise_files(by_file: Sequence[list[Match]]) -> list[list[Match]]:
+    """Of two files with a DiT, the one of the low-noise expert: told by its path, else the second."""
+    with_dit = [
+        matches
+        for matches in by_file
+        if matches[0].name == "wan_video_dit" and matches[0].architecture.planned_in != NOT_PLANNED
+    ]
+    if len(with_dit) > 2:
+        names = ", ".join(matches[0].checkpoint.source for matches in with_dit)
+        raise AmbiguousModelError(
+            f"{len(with_dit)} DiTs were given: {names}. A pipeline uses one, or two experts; give those."
+        )
+    if len(with_dit) < 2:
+        return []
+    first, second = with_dit
+    return [first if first[0].role == "low" or second[0].role == "high" else second]
+
+
+def _put(parts: Parts, name: str, match: Match) -> None:
+    if name in parts.matches:
+        sources = f"{parts.matches[name].checkpoint.source} and {match.checkpoint.source}"
+        raise AmbiguousModelError(f"Two files are {match.needs}: {sources}. Give one of them.")
+    parts.matches[name] = match
+
+
+def alternatives(parts: Parts, request: PlanRequest) -> list[str]:
+    """What would fit instead: fp8, a smaller picture, fewer frames, one side of the guidance."""
+    small = replace(request, height=480, width=832)
+    tries = [
+        ("--dtype fp8", replace(request, dtype="fp8")),
+        ("--height 480 --width 832", small),
+        ("--num-frames 49", replace(request, num_frames=49)),
+        ("--height 480 --width 832 --num-frames 49", replace(small, num_frames=49)),
+        ("--height 480 --width 832 --num-frames 49 --dtype fp8", replace(small, num_frames=49, dtype="fp8")),
+    ]
+    found = []
+    for flags, tried in tries:
+        if tried == request or tried.height * tried.width > request.height * request.width:
+            continue
+        if tried.num_frames > request.num_frames:
+            continue
+        try:
+            parts.plan(tried)
+        except MemoryBudgetError:
+            continue
+        found.append(flags)
+    return found
+
+
+def to_text(plan: MemoryPlan, parts: Parts, request: PlanRequest, paths: Sequence[str]) -> str:
+    """Render a plan for people."""
+    lines = [f"Plan for {request}", ""]
+    rows: list[tuple[str, ...]] = [
+        ("phase", "peak GiB", "weights", "slots", "activations", "keys", "libraries")
+    ]
+    for phase in plan.phases:
+        sizes = (
+            phase.peak_bytes, phase.weight_bytes, phase.slot_bytes, phase.activation_bytes, phase.key_bytes,
+            phase.workspace_bytes,
+        )  # fmt: skip
+        rows.append((phase.name, *(f"{size / GIB:.2f}" for size in sizes)))
+    lines += [*_table(rows), ""]
+    rows = [("network", "GiB", "on the device", "each pass GiB", "host")]
+    for name, network in plan.networks.items():
+        place = {"resident": "stays", "visits": "for its phase, whole"}.get(network.where)
+        if place is None:
+            count = len(network.resident_blocks)
+            place = f"{count} of {network.num_blocks} blocks, {network.num_slots} slots"
+        host = {"pinned": network.pinned_bytes, "ring": network.pinned_bytes}.get(network.host, 0)
+        rest = f"{host / GIB:.2f} GiB {network.host}" if host else "file"
+        if network.pageable_bytes:
+            rest += f", {network.pageable_bytes / GIB:.2f} GiB plain"
+        size, streamed = f"{network.weight_bytes / GIB:.2f}", f"{network.streamed_bytes / GIB:.2f}"
+        rows.append((name, size, place, streamed if network.streamed_bytes else "", rest))
+    lines += [*_table(rows), ""]
+    reserve = plan.reserve_bytes / GIB
+    lines.append(f"Device: {plan.peak_bytes / GIB:.2f} GiB, and {reserve:.2f} GiB for CUDA itself.")
+    lines.append(
+        f"Host: {plan.pinned_bytes / GIB:.2f} GiB pinned, {plan.pageable_bytes / GIB:.2f} GiB plain; "
+        f"{plan.mapped_bytes / GIB:.2f} GiB stay in their files."
+    )
+    if plan.compute_s:
+        rates, is_ring = request.rates, plan.networks["dit"].host == "ring"
+        copy_gbs = rates.ring_gbs if is_ring else rates.copy_gbs
+        lines.append(
+            f"Each step: {plan.compute_s:.2f} s of compute at {rates.tflops:g} TFLOP/s, {plan.copy_s:.2f} s "
+            f"of copies at {copy_gbs:g} GB/s beside it: {plan.verdict}."
+        )
+    lines += plan.notes
+    lines += [f"Passed over: {sentence}" for sentence in parts.passed_over]
+    return "\n".join([*lines, "", *_calls(request, paths)]) + "\n"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _calls(request: PlanRequest, paths: Iterable[str]) -> list[str]:
+    """The Python that follows this plan."""
+    given = {
+        "num_persistent_param_in_dit": request.num_persistent,
+        "vram_limit": request.vram_gib,
+        "ram_limit": request.ram_gib,
+    }
+    limits = ", ".join(
+        f"{name}={value if isinstance(value, int) else f'{value:g}'}"
+        for name, value in given.items()
+        if value is not None
+    )
+    load = f'ModelManager(torch_dtype=torch.{TORCH_NAMES[request.dtype]}, device="cpu")'
+    lines = [f"manager = {load}.load_models({[str(path) for path in paths]!r})"]
+    lines.append('pipe = WanVideoPipeline.from_model_manager(manager, device="cuda")')
+    return [*lines, f"pipe.enable_vram_management({limits})"] if limits else lines
+
+
+def to_json(plan: MemoryPlan, parts: Parts, request: PlanRequest) -> str:
+    """Render a plan as one JSON object."""
+    phases = [{**asdict(phase), "peak_bytes": phase.peak_bytes} for phase in plan.phases]
+    totals = {
+        name: getattr(plan, name) for name in ("peak_bytes", "pinned_bytes", "pageable_bytes", "mapped_bytes")
+    }
+    told = {**asdict(plan), "phases": phases, **totals, "request": asdict(request)}
+    return json.dumps({**told, "passed_over": parts.passed_over}, indent=2)
+
+
+def run_plan(paths: list[str], request: PlanRequest, as_json: bool) -> None:
+    """Write a plan to stdout; when nothing fits, say on stderr what would.
+
+    Raises:
+        CheckpointNotFoundError, MissingShardError, AmbiguousModelError, MissingModelError: as `find_parts`.
+        ArgumentError: for values that cannot work.
+        SystemExit: with status 1 when it does not fit.
+    """
+    parts = find_parts(paths)
+    try:
+        plan = parts.plan(request)
+    except MemoryBudgetError as error:
+        fits = alternatives(parts, request)
+        if as_json:
+            told = {"error": str(error), "minimum_gib": error.minimum_gib, "fits": fits}
+            sys.stdout.write(json.dumps(told, indent=2) + "\n")
+        flag = "--ram" if error.argument == "ram_limit" else "--vram"
+        would = [*fits, f"{flag} {error.minimum_gib:.2f}"]
+        sys.stderr.write(f"error: {error}\nThis would fit: {'; or '.join(would)}\n")
+        raise SystemExit(1) from None
+    sys.stdout.write(
+        to_json(plan, parts, request) + "\n" if as_json else to_text(plan, parts, request, paths)
+    )

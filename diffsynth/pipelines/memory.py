@@ -1,0 +1,125 @@
+"""What a pipeline may use of the machine's memory, and the plan that follows for one call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+
+from diffsynth.errors import ArgumentError
+from diffsynth.pipelines.components import PipelineComponents
+from diffsynth.pipelines.request import VideoRequest, usual_values
+from diffsynth.vram_management.plan import (
+    DiTSizes,
+    LayerSpec,
+    MemoryPlan,
+    layers_of_module,
+    plan_memory,
+)
+
+logger = logging.getLogger("diffsynth")
+
+GIB = 2**30
+AUTO_SHARE = 0.95  # of what is free: the rest is for the context of kernels and the allocator's gaps
+DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryLimits:
+    """What `enable_vram_management` was given."""
+
+    num_persistent_param_in_dit: int | None = None  # about so many parameters of each DiT stay on the device
+    vram_limit: float | Literal["auto"] | None = None  # GiB; "auto": what is free when a call begins
+    ram_limit: float | None = None  # GiB of host memory for resting weights
+
+    def __post_init__(self) -> None:
+        count = self.num_persistent_param_in_dit
+        if count is not None and (not isinstance(count, int) or count < 0):
+            raise ArgumentError(
+                f"num_persistent_param_in_dit is {count!r}; give a number of parameters: 0 streams every "
+                "block, None leaves the choice to vram_limit."
+            )
+        for name, value in (("vram_limit", self.vram_limit), ("ram_limit", self.ram_limit)):
+            if value == "auto" and name == "vram_limit":
+                continue
+            if value is not None and (not isinstance(value, (int, float)) or value <= 0):
+                raise ArgumentError(f"{name} is {value!r}; give GiB above 0, such as 12, or None.")
+
+    @property
+    def is_free(self) -> bool:
+        """Nothing is limited: networks come for their phase as a whole."""
+        return self == MemoryLimits()
+
+    def vram_gib(self, device: torch.device) -> float | None:
+        """The limit in GiB, "auto" resolved."""
+        if self.vram_limit != "auto":
+            return self.vram_limit
+        if device.type != "cuda":
+            raise ArgumentError(f'vram_limit is "auto" and the device is {device}; give GiB there.')
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (free + unused) * AUTO_SHARE / GIB
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallSizes:
+    """The sizes of a call that decide what fits."""
+
+    height: int  # pixels
+    width: int
+    num_frames: int
+    num_videos: int = 1
+    num_branches: int = 2  # sides of the guidance
+
+
+def sizes_of(request: VideoRequest) -> CallSizes:
+    """The sizes of a call."""
+    is_guided = request.cfg_scale != 1.0 or request.cfg_scale_low_noise != 1.0
+    geometry = request.geometry
+    return CallSizes(
+        height=geometry.height, width=geometry.width, num_frames=geometry.num_frames,
+        num_videos=geometry.num_videos, num_branches=2 if is_guided else 1,
+    )  # fmt: skip
+
+
+def usual_sizes(parts: PipelineComponents) -> CallSizes:
+    """The sizes of a call that gives none."""
+    usual = usual_values(parts)
+    height, width, num_frames = (int(str(usual[name])) for name in ("height", "width", "num_frames"))
+    return CallSizes(height=height, width=width, num_frames=num_frames)
+
+
+def plan_call(parts: PipelineComponents, limits: MemoryLimits, sizes: CallSizes) -> MemoryPlan:
+    """Plan one call.
+
+    Raises:
+        MemoryBudgetError: when it does not fit; says the minimum and what lowers it.
+        ArgumentError: when more parameters are to stay than there are.
+    """
+    return plan_memory(
+        pipeline_layers(parts),
+        dit=None if parts.high is None else DiTSizes.from_config(asdict(parts.high.dit.config)),
+        height=sizes.height,
+        width=sizes.width,
+        num_frames=sizes.num_frames,
+        num_branches=sizes.num_branches,
+        batch=sizes.num_videos,
+        compute_dtype=DTYPES.get(parts.dtype, "BF16"),
+        device=parts.device.type,
+        num_persistent_param_in_dit=limits.num_persistent_param_in_dit,
+        vram_limit_gib=limits.vram_gib(parts.device),
+        ram_limit_gib=limits.ram_limit,
+    )
+
+
+def pipeline_layers(parts: PipelineComponents) -> Sequence[LayerSpec]:
+    """Every tensor of every network that is loaded."""
+    return [
+        layer
+        for name, network in parts.networks().items()
+        if network is not None
+        for layer in layers_of_module(name, network)
+    ]

@@ -1,0 +1,121 @@
+"""Arithmetic before action: what stays on the device, what visits it, what is streamed, and what it takes.
+
+A generation has phases: text, image, one per DiT, vae. Weights are needed in their phase only, so each phase
+may have all the room. Nothing here imports torch and nothing is loaded: a header is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from diffsynth.errors import ArgumentError
+from diffsynth.vram_management.activations import Workload
+from diffsynth.vram_management.arrange import Arrangement, PlanRequest
+from diffsynth.vram_management.choices import DITS, spread
+from diffsynth.vram_management.layers import (
+    LayerSpec,
+    NetworkSize,
+    layers_of_module,
+    layers_of_shapes,
+    sizes_of,
+)
+from diffsynth.vram_management.memory_plan import MemoryPlan, NetworkPlan, PhasePlan
+from diffsynth.vram_management.rates import DEFAULT_RATES, DiTSizes, Rates
+
+__all__ = [
+    "DEFAULT_RATES", "DiTSizes", "LayerSpec", "MemoryPlan", "NetworkPlan", "PhasePlan", "Rates",
+    "layers_of_module", "layers_of_shapes", "plan_memory", "spread",
+]  # fmt: skip
+
+
+def plan_memory(  # noqa: PLR0913
+    layers: Sequence[LayerSpec],
+    *,
+    dit: DiTSizes | None,
+    height: int,
+    width: int,
+    num_frames: int,
+    num_branches: int = 2,
+    batch: int = 1,
+    text_tokens: int = 512,
+    image_tokens: int = 0,
+    compute_dtype: str = "BF16",
+    device: str = "cuda",
+    num_persistent_param_in_dit: int | None = None,
+    vram_limit_gib: float | None = None,
+    ram_limit_gib: float | None = None,
+    rates: Rates = DEFAULT_RATES,
+) -> MemoryPlan:
+    """Plan a generation.
+
+    Args:
+        layers: every tensor of every network, as it is stored; see `layers_of_shapes`, `layers_of_module`.
+        dit: sizes of the DiTs; None when there is none.
+        height: pixels; taken up to the next size that the DiT can.
+        width: the same.
+        num_frames: of the video; taken up to the next 4 k + 1.
+        num_branches: sides of the guidance, 2, or 1 without.
+        batch: videos at a time.
+        text_tokens: of a prompt, at most.
+        image_tokens: that cross-attention reads beside the text: 257 a picture.
+        compute_dtype: of activations, "BF16", "F16" or "F32".
+        device: "cuda", or "cpu", which plays a device of the same limit.
+        num_persistent_param_in_dit: about that many parameters of each DiT stay for its phase; 0 none; None
+            as many as fit.
+        vram_limit_gib: of the device; None for no limit.
+        ram_limit_gib: of the host; None for no limit.
+        rates: of the machine.
+
+    Returns:
+        The plan. With neither limit nor a number of parameters everything stays on the device.
+
+    Raises:
+        MemoryBudgetError: when a limit is below what the leanest plan takes; says the minimum.
+        ArgumentError: for a value that cannot work, such as more resident parameters than exist.
+    """
+    work = Workload(
+        height=height, width=width, num_frames=num_frames, num_branches=num_branches, batch=batch,
+        text_tokens=text_tokens, image_tokens=image_tokens, compute_dtype=compute_dtype, device=device,
+    )  # fmt: skip
+    sizes = sizes_of(layers)
+    _check(sizes, dit, num_persistent_param_in_dit)
+    request = PlanRequest(
+        layers=tuple(layers), sizes=sizes, dit=dit, work=work, rates=rates, vram_limit_gib=vram_limit_gib,
+        ram_limit_gib=ram_limit_gib, num_persistent=num_persistent_param_in_dit,
+    )  # fmt: skip
+    request.check_device()
+    ringed: frozenset[str] = frozenset()
+    while True:
+        plan = Arrangement(request, ringed).plan()
+        room = request.host_room_bytes
+        if plan.pinned_bytes + plan.pageable_bytes <= room:
+            return plan
+        name = _next_for_ring(plan, ringed)
+        if name is None:
+            raise request.host_error(plan.pinned_bytes + plan.pageable_bytes)
+        ringed |= {name}
+
+
+def _check(sizes: Mapping[str, NetworkSize], dit: DiTSizes | None, num_persistent: int | None) -> None:
+    dits = [sizes[name] for name in DITS if name in sizes]
+    if dits and dit is None:
+        raise ArgumentError("layers hold a DiT, but dit= has no sizes; give DiTSizes.from_config(config).")
+    if num_persistent is None:
+        return
+    if not dits:
+        raise ArgumentError(
+            f"num_persistent_param_in_dit is {num_persistent}, but there is no DiT; leave it out."
+        )
+    most = min(size.num_parameters for size in dits)
+    if not 0 <= num_persistent <= most:
+        raise ArgumentError(
+            f"num_persistent_param_in_dit is {num_persistent}; the DiT has {most} parameters. Give 0 (none "
+            f"stays) to {most} (all), or None for as many as fit."
+        )
+
+
+def _next_for_ring(plan: MemoryPlan, ringed: frozenset[str]) -> str | None:
+    """The network whose blocks travel least often, among those that pin more than the ring would."""
+    order = sorted(plan.networks, key=lambda name: DITS[::-1].index(name) if name in DITS else -1)
+    pinned = [n for n in order if plan.networks[n].where == "streamed" and plan.networks[n].host == "pinned"]
+    return next((name for name in pinned if name not in ringed), None)
