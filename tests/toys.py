@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffsynth.models.model_manager import ModelManager
-from diffsynth.models.wan.dit import DiTConfig, WanDiT
+from diffsynth.models.wan.dit import WanDiT
+from diffsynth.models.wan.dit_config import DiTConfig
 from diffsynth.models.wan.text_encoder import TextEncoderConfig, WanTextEncoder
 from diffsynth.models.wan.vae import VAEConfig, WanVideoVAE
 from diffsynth.pipelines.wan_video import WanVideoPipeline

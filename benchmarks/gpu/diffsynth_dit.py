@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffsynth.models.wan.dit import DiTConfig, WanDiT
+from diffsynth.models.wan.dit import WanDiT
+from diffsynth.models.wan.dit_config import DiTConfig
 from diffsynth.ops.rope import THETA, axis_sizes
 
 NUM_POSITIONS = 1024  # of the rotation tables
@@ -133,7 +134,7 @@ class PlainDiT(nn.Module):
         return made.eval().requires_grad_(False)
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        """Latents (1, C, F, H, W) and text (1, 512, text_dim) in the compute dtype -> velocity like latents."""
+        """Latents (1, C, F, H, W) and text (1, 512, text_dim), both in the compute dtype -> velocity."""
         half = self.config.freq_dim // 2
         frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=latents.device) / half)
         angles = timestep.to(latents.device, torch.float64)[:, None] * frequencies
@@ -173,7 +174,7 @@ def rotation_tables(head_dim: int) -> list[Tensor]:
 
 
 class PerCall(nn.Module):
-    """A layer whose weights rest where they are; a call on another device or dtype makes copies for itself."""
+    """A layer whose weights rest where they are; a call on another device or dtype makes copies."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

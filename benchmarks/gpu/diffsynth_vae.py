@@ -60,7 +60,8 @@ class TiledDecoder:
         vae = self._vae
         dtype, device = vae.conv2.weight.dtype, latents.device
         mean, std = (
-            torch.tensor(t, device=device, dtype=dtype).view(1, -1, 1, 1, 1) for t in (LATENT_MEAN, LATENT_STD)
+            torch.tensor(t, device=device, dtype=dtype).view(1, -1, 1, 1, 1)
+            for t in (LATENT_MEAN, LATENT_STD)
         )
         z = F.conv3d((latents.to(dtype) * std + mean).contiguous(), vae.conv2.weight, vae.conv2.bias)
         memory: Memory = {}
@@ -72,10 +73,17 @@ class TiledDecoder:
     def _tiles(self, h: int, w: int) -> list[Tile]:
         (th, tw), (sh, sw) = self._size, self._stride
         return [
-            Tile(top=top, left=left, height=min(th, h - top), width=min(tw, w - left), border=(th - sh, tw - sw), picture=(h, w))
+            Tile(
+                top=top,
+                left=left,
+                height=min(th, h - top),
+                width=min(tw, w - left),
+                border=(th - sh, tw - sw),
+                picture=(h, w),
+            )
             for top in tile_starts(h, th, sh)
             for left in tile_starts(w, tw, sw)
-        ]  # fmt: skip
+        ]
 
     def _decode_frame(self, x: Tensor, memory: Memory) -> Tensor:
         decoder = self._vae.decoder

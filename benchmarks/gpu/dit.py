@@ -118,12 +118,14 @@ def add_peak(
         peer_name="plan_memory",
         peer=[plan.peak_bytes / GB],
         goal=goal or WITHIN_10_PERCENT,
-        notes=f"max_memory_allocated; {plan_text(plan)}" if is_gpu else "on the CPU: without what was there",
+        notes=f"max_memory_allocated; {plan_text(plan)}" if is_gpu else "of the process",
     )
     run.out.add(row)
 
 
-def kernels_of(dit: WanDiT, inputs: Inputs, device: torch.device) -> Mapping[str, tuple[int, Callable[[], Tensor]]]:
+def kernels_of(
+    dit: WanDiT, inputs: Inputs, device: torch.device
+) -> Mapping[str, tuple[int, Callable[[], Tensor]]]:
     """The products and attentions of one forward with kept keys: how many there are, and one of each."""
     config, block, dtype = dit.config, dit.blocks[0], dit.dtype
     layers, heads = config.num_layers, (config.num_heads, config.dim // config.num_heads)
@@ -166,13 +168,13 @@ def run_floor(run: Run, size: VideoSize) -> None:
     )
 
 
-def against(run: Run, figure: str, ours: Measured | None, name: str, peer: Measured | None, goal: str) -> None:
+def against(
+    run: Run, figure: str, ours: Measured | None, name: str, peer: Measured | None, goal: str
+) -> None:
     """Two rows, of time and of peak; none when either failed."""
     if ours is None or peer is None:
         return
-    run.out.add(
-        Row(figure=figure, unit="s", ours=ours.seconds, peer_name=name, peer=peer.seconds, goal=goal)
-    )
+    run.out.add(Row(figure=figure, unit="s", ours=ours.seconds, peer_name=name, peer=peer.seconds, goal=goal))
     run.out.add(
         Row(
             figure=f"{figure}, peak", unit="GB", ours=[ours.peak_gb], peer_name=name, peer=[peer.peak_gb]
@@ -218,6 +220,7 @@ def run_streamed(run: Run, streamed: StreamedDiT, size: VideoSize, alone_gbs: fl
         run, size, f"{label}: streamed, sides together and keys kept, step, peak", eager,
         plan_of(run, size, 2, 0, SLOW_COPIES),
     )  # fmt: skip
+    here = plan_of(run, size, 2, 0, rates_here(run, size, alone_gbs))
     run.out.add(
         Row(
             figure=f"{label}: streamed lean, step, against sides together and keys kept",
@@ -225,7 +228,7 @@ def run_streamed(run: Run, streamed: StreamedDiT, size: VideoSize, alone_gbs: fl
             ours=both.seconds,
             peer_name="ours, together",
             peer=eager.seconds,
-            notes=f"the plan for this machine: {plan_text(plan_of(run, size, 2, 0, rates_here(run, size, alone_gbs)))}",
+            notes=f"the plan for this machine: {plan_text(here)}",
         )
     )
     # Measured after and not only before: a device that grows hot slows both sides down.
@@ -281,15 +284,11 @@ def run_few(run: Run, streamed: StreamedDiT, size: VideoSize) -> None:
     streamed.all_resident()
     resident = run.measure(stepping(run.dit, inputs, 2))
     streamed.arrange()
-    ways = {
-        "one side at a time": stepping(run.dit, inputs, 2, interleaves=False, keeps_keys=False),
-        "sides together": stepping(run.dit, inputs, 2, keeps_keys=False),
+    found = {
+        "one side at a time": run.measure(stepping(run.dit, inputs, 2, interleaves=False, keeps_keys=False)),
+        "sides together": run.measure(stepping(run.dit, inputs, 2, keeps_keys=False)),
+        "sides together and keys kept": run.measure(stepping(run.dit, inputs, 2)),
     }
-    found: dict[str, Measured] = {}
-    run.dit.keeps_keys = False
-    for name, step in ways.items():
-        found[name] = run.measure(step)
-    found["sides together and keys kept"] = run.measure(stepping(run.dit, inputs, 2))
     first = found["one side at a time"]
     for name, way in found.items():
         run.out.add(

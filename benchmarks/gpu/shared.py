@@ -22,8 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks.allocations import peak_bytes
-from benchmarks.common import GB, RESULTS, Row, as_object, commit, machine, peer_shown, shown
+from benchmarks.common import GB, RESULTS, Row, as_object, commit, machine, memory_kib, peer_shown, shown
 from benchmarks.full_size import DIT_1_3B, DIT_14B, TOY_DIT
 from diffsynth.conditioning.conditions import Conditions
 from diffsynth.denoising.expert import Expert, Experts
@@ -57,7 +56,9 @@ class VideoSize:
 SIZES = {
     "480P": VideoSize(name="480P", height=480, width=832, num_frames=81),
     "720P": VideoSize(name="720P", height=720, width=1280, num_frames=81),
-    "480P17": VideoSize(name="480P17", height=480, width=832, num_frames=17),  # few tokens: copies take longer
+    "480P17": VideoSize(
+        name="480P17", height=480, width=832, num_frames=17
+    ),  # few tokens: copies take longer
     "toy": VideoSize(name="toy", height=64, width=64, num_frames=5),
 }
 
@@ -89,7 +90,9 @@ class Recorder:
         ratio = "" if row.ratio is None else f"  peer / ours {row.ratio:.3f}"
         peer = f"  {peer_shown(row)}" if row.peer else ""
         goal = f"  goal {row.goal}" if row.goal else ""
-        print(f"{row.figure}: {shown(row.ours, row.unit)}{peer}{ratio}{goal}  {row.notes}".rstrip(), flush=True)
+        print(
+            f"{row.figure}: {shown(row.ours, row.unit)}{peer}{ratio}{goal}  {row.notes}".rstrip(), flush=True
+        )
         self._write(as_object(row, self._about()))
 
     def fail(self, figure: str, error: str) -> None:
@@ -203,14 +206,14 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def measured(work: Callable[[], object], device: torch.device, *, repeats: int, warmup: int = 1) -> Measured:
-    """Call ``work``; on a GPU the peak is all that torch allocated, on the CPU what the call added."""
+    """Call ``work``; the peak is all that torch allocated on a GPU, on the CPU that of the process so far."""
     free(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(warmup):
         seconds_of(work, device)
     seconds = [seconds_of(work, device) for _ in range(repeats)]
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes(work)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * memory_kib("VmHWM")
     return Measured(seconds=seconds, peak_bytes=peak)
 
 
@@ -264,10 +267,9 @@ def inputs_for(dit: WanDiT, size: VideoSize, device: torch.device, num_sides: in
     """Random latents of a video of this size, and texts; sizes are taken down to what the patches divide."""
     config = dit.config
     stride = 16 if config.out_dim == 48 else 8
-    shape = (
-        (size.num_frames - 1) // 4 + 1,
-        *(edge // (stride * patch) * patch for edge, patch in zip((size.height, size.width), config.patch_size[1:], strict=True)),
-    )  # fmt: skip
+    edges = zip((size.height, size.width), config.patch_size[1:], strict=True)
+    height, width = (edge // (stride * patch) * patch for edge, patch in edges)
+    shape = ((size.num_frames - 1) // 4 + 1, height, width)
     generator = torch.Generator(device).manual_seed(1)
     latents = torch.randn(1, config.out_dim, *shape, device=device, generator=generator)
     texts = tuple(
@@ -287,10 +289,10 @@ def stepping(
     dit: WanDiT, inputs: Inputs, num_sides: int, *, interleaves: bool = True, keeps_keys: bool = True
 ) -> Callable[[], list[Tensor]]:
     """Our step, as a generation makes it: text is embedded, and keys kept if they are, by the first call."""
-    dit.keeps_keys = keeps_keys
     experts = Experts(Expert(dit=dit), interleaves=interleaves)
 
     def step() -> list[Tensor]:
+        dit.keeps_keys = keeps_keys
         return experts(inputs.latents, inputs.timestep, inputs.sides[:num_sides])
 
     return step

@@ -17,7 +17,9 @@ from diffsynth.errors import DiffSynthError
 
 INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 
-PlanDtypeName = Enum("PlanDtypeName", {name: name for name in ("bf16", "fp16", "fp32", "fp8")}, type=str)
+PlanDtypeName = Enum(
+    "PlanDtypeName", {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "fp8": "fp8"}, type=str
+)
 
 app = typer.Typer(
     name="diffsynth",

@@ -115,8 +115,8 @@ def block_stages(dit: DiTSizes, work: Workload, *, stream: int, chunk_tokens: in
     hidden = work.batch * chunk_tokens * (dit.ffn_dim + dit.dim) * work.element_bytes
     copies_of_head = 2 if work.element_bytes < FLOAT32 else 1  # the stream widened, and its norm
     return {
-        "attention": 5 * stream,  # x, q over its own input, k, v, what attention gives
-        "norms of q and k": 4 * stream + 3 * piece,  # x, q, k, v; a piece, its normalised and its scaled form
+        "attention": 5 * stream,  # x, q, k, v, what attention gives
+        "norms of q and k": 4 * stream + 3 * piece,  # x, its norm, q, k; a piece, normalised, scaled
         "gated sums": 2 * stream + 3 * piece,
         "cross-attention": (5 if work.image_tokens else 4) * stream,
         "feed-forward": 2 * stream + hidden,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffsynth.models.wan.dit import DiTConfig
+from diffsynth.models.wan.dit_config import DiTConfig
 from diffsynth.models.wan.text_encoder import TextEncoderConfig
 from diffsynth.models.wan.vae import LATENT_MEAN, LATENT_STD, WanVideoVAE
 from diffsynth.tiny.grammar import known_words

@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from diffsynth.conditioning.conditions import Conditions
 from diffsynth.conditioning.tokenizer import Tokenizer, find_tokenizer
 from diffsynth.models.model_manager import ModelManager
-from diffsynth.models.wan.dit import DiTConfig, WanDiT
+from diffsynth.models.wan.dit import WanDiT
+from diffsynth.models.wan.dit_config import DiTConfig
 from diffsynth.models.wan.text_encoder import TextEncoderConfig, WanTextEncoder
 from diffsynth.models.wan.vae import WanVideoVAE
 from diffsynth.sampling.schedule import add_noise

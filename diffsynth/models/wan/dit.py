@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffsynth.conditioning.conditions import Conditions
-from diffsynth.errors import ArgumentError, ConfigurationError
+from diffsynth.errors import ArgumentError
 from diffsynth.models.wan.adapters.adapter import DiTAdapter
 from diffsynth.models.wan.blocks import BlockSizes, CrossKeys, DiTBlock
+from diffsynth.models.wan.dit_config import PLANE_ORDER, DiTConfig
 from diffsynth.models.wan.stream import Call, TokenStream, read_clocks
 from diffsynth.models.wan.text_tokens import TextTokens, compact_padding
 from diffsynth.ops.attention import AttentionKernel, attend
@@ -30,58 +31,7 @@ from diffsynth.ops.fused import linear_float32, modulated_layer_norm, spans_of
 from diffsynth.ops.rope import video_rotation
 from diffsynth.vram_management.visit import Visit, in_order
 
-PLANE_ORDER = ("control", "mask", "image")  # in which planes stand behind the noise
-MASK_CHANNELS = 4
 FFN_CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DiTConfig:
-    """Sizes of a Wan DiT: told by the file's shapes, else by its metadata, config.json or a rule."""
-
-    dim: int
-    in_dim: int  # channels that enter: the latent's and those of the planes
-    out_dim: int  # channels of the latent: 16, or 48 for the Wan2.2 VAE
-    ffn_dim: int
-    num_layers: int
-    num_heads: int
-    freq_dim: int = 256  # of the time's sinusoids
-    text_dim: int = 4096  # of the text encoder
-    text_len: int = 512  # rows to which text is padded
-    image_dim: int | None = None  # of the image encoder; None: no image tokens
-    image_tokens_pos: int | None = None  # rows of learned positions of the image tokens (FLF2V)
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    eps: float = 1e-6
-    qk_norm: bool = True
-    cross_attn_norm: bool = True
-
-    def __post_init__(self) -> None:
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
-            raise ConfigurationError(
-                f"dim {self.dim} does not split into {self.num_heads} heads of an even size."
-            )
-
-    @property
-    def planes(self) -> dict[str, int]:
-        """Channels of each plane beside the noise, told by in_dim - out_dim."""
-        return plane_channels(self.in_dim, self.out_dim)
-
-
-def plane_channels(in_dim: int, out_dim: int) -> dict[str, int]:
-    """Name the planes: 0 none, z image, z + 4 mask and image, 2 z control and image, 2 z + 4 all three."""
-    z, extra = out_dim, in_dim - out_dim
-    known: dict[int, tuple[str, ...]] = {
-        0: (),
-        z: ("image",),
-        z + MASK_CHANNELS: ("mask", "image"),
-        2 * z: ("control", "image"),
-        2 * z + MASK_CHANNELS: ("control", "mask", "image"),
-    }
-    if extra not in known:
-        raise ConfigurationError(
-            f"in_dim {in_dim} with out_dim {out_dim}: no known planes have {extra} channels."
-        )
-    return {name: MASK_CHANNELS if name == "mask" else z for name in known[extra]}
 
 
 class StepCache(Protocol):

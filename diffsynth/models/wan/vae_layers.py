@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffsynth.ops.attention import attend
+
 PIECE_BYTES = 1 << 20  # float32 bytes worked on at a time: about half of a core's second-level cache
 
 
@@ -143,10 +145,11 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, history: History) -> Tensor:
         frames = fold_frames(x)
         n, c, h, w = frames.shape
-        q, k, v = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
-        # One frame at a time: heads of 384 channels have no flash kernel, and the score matrix is (H W)^2.
-        seen = [F.scaled_dot_product_attention(q[i], k[i], v[i]) for i in _one_by_one(n)]
-        out = torch.cat(seen).transpose(1, 2).reshape(n, c, h, w)
+        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(2)
+        q, k, v = qkv.chunk(3, dim=-1)  # (n, H W, one head, c)
+        # One frame at a time: where heads of 384 channels have no fused kernel, scores are (H W)^2 numbers.
+        seen = [attend(q[i], k[i], v[i]) for i in _one_by_one(n)]
+        out = torch.cat(seen).squeeze(2).transpose(1, 2).reshape(n, c, h, w)
         return x + unfold_frames(self.proj(out), x.shape[0])
 
 

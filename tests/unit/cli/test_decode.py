@@ -18,7 +18,8 @@ from diffsynth.pipelines.saved_latents import read_latents
 from tests.toys import TOY_FILES
 from tests.unit.cli.running import Ran, Shell
 
-SEEDED = ("--seed", 3, "--num-frames", 17)
+# crf 0 loses nothing: files are compared by what was decoded, whatever the encoder decided under load
+SEEDED = ("--seed", 3, "--num-frames", 17, "--crf", 0)
 
 
 @pytest.fixture
@@ -56,16 +57,16 @@ def test_an_interrupted_run_is_finished_as_it_would_have_been(
     make: Any, shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     video, latents = tmp_path / "video.mp4", tmp_path / "video.latents.safetensors"
-    assert make(*SEEDED, "--quality", 5).status == 0
-    expected, settings, size = frames_of(video), read_metadata(video), video.stat().st_size
+    assert make(*SEEDED).status == 0
+    expected, settings = frames_of(video), read_metadata(video)
     video.unlink()
-    assert interrupted(make, monkeypatch, *SEEDED, "--quality", 5).status == 130
+    assert interrupted(make, monkeypatch, *SEEDED).status == 130
     assert names(tmp_path) == [latents.name]
     ran = shell("decode", latents, "--device", "cpu")
     assert ran.status == 0, ran.err
     assert ran.out.startswith(f"{video}: 32x16, 17 frames at 8 fps, ") and ", seed 3, " in ran.out
-    assert np.array_equal(frames_of(video), expected) and read_metadata(video) == settings
-    assert abs(video.stat().st_size - size) < 64, "the encoder's options are those of the run"
+    assert np.array_equal(frames_of(video), expected), "also the encoder's options are those of the run"
+    assert read_metadata(video) == settings
     assert names(tmp_path) == [latents.name, video.name], "given latents are not removed"
 
 
@@ -167,7 +168,7 @@ def test_latents_that_do_not_fit_the_vae_are_told(shell: Shell, tmp_path: Path, 
 
 
 def test_tiles_are_those_of_the_run_unless_asked_anew(make: Any, shell: Shell, tmp_path: Path) -> None:
-    size = ("--seed", 3, "--height", 48, "--width", 64, "--keep-latents")
+    size = ("--seed", 3, "--height", 48, "--width", 64, "--keep-latents", "--crf", 0)
     asked = ("--tiled", "--tile-size", 4, 4, "--tile-stride", 2, 2)
     assert make(*size, *asked).status == 0
     expected = frames_of(tmp_path / "video.mp4")

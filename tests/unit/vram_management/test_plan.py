@@ -122,7 +122,9 @@ def test_the_lean_plan_by_hand() -> None:
     assert (dit.weight_bytes, dit.slot_bytes, dit.key_bytes, dit.workspace_bytes) == (200, 4096, 0, 0)
     tokens, batch = 2 * 1 * 2, 3  # two latent frames of 2 x 4 positions, in patches of 2 x 2
     stream = batch * tokens * 8 * 2
-    norms = 4 * stream + 3 * 2 * stream  # x, q, k, v; three pieces in float32, here of the whole stream
+    norms = (
+        4 * stream + 3 * 2 * stream
+    )  # x, its norm, q, k; three pieces in float32, here of the whole stream
     latents = (6 + 2) * batch * (tokens * 4) * 16 * 4
     rotations, context, keys = tokens * 4 * 4, 2 * batch * 4 * 8 * 2, 2 * batch * 4 * 2 * 8 * 2
     assert dit.activation_bytes == norms + latents + rotations + context + keys

@@ -9,7 +9,8 @@ from torch import Tensor
 from diffsynth.conditioning.conditions import Conditions
 from diffsynth.errors import ArgumentError, ConfigurationError
 from diffsynth.models.wan.adapters.adapter import DiTAdapter
-from diffsynth.models.wan.dit import DiTConfig, WanDiT, plane_channels
+from diffsynth.models.wan.dit import WanDiT
+from diffsynth.models.wan.dit_config import DiTConfig, plane_channels
 from diffsynth.models.wan.stream import Call, TokenStream, read_clocks
 from diffsynth.models.wan.text_tokens import compact_padding, standin_scores
 from diffsynth.ops.attention import attend
