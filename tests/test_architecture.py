@@ -33,7 +33,8 @@ LIGHT = (
     "errors.py",
     "checkpoints",
     "models/registry.py",
-    "vram_management/plan.py",
+    *(f"vram_management/{name}.py" for name in ("plan", "memory_plan", "arrange", "choices", "activations")),
+    *(f"vram_management/{name}.py" for name in ("layers", "rates")),
     "cli",
     "video",
 )

@@ -17,7 +17,8 @@ from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(
-    r"diffsynth ((?:generate|inspect|doctor)[^#\n`]*)", "\n".join(re.findall(r"```\n(.*?)```", README, re.S))
+    r"diffsynth ((?:generate|decode|plan|inspect|doctor)[^#\n`]*)",
+    "\n".join(re.findall(r"```\n(.*?)```", README, re.S)),
 )
 
 

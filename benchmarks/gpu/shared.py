@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
@@ -93,14 +94,14 @@ class Recorder:
         print(
             f"{row.figure}: {shown(row.ours, row.unit)}{peer}{ratio}{goal}  {row.notes}".rstrip(), flush=True
         )
-        self._write(as_object(row, self._about()))
+        self._write(as_object(row, self._about))
 
     def fail(self, figure: str, error: str) -> None:
         """A figure that could not be had, and why."""
         self.num_errors += 1
         print(f"{figure}: no figure, {error}", flush=True)
         none = dict.fromkeys(("unit", "ours", "peer_name", "peer", "ratio", "goal"))
-        self._write({**self._about(), "figure": figure, **none, "repeats": 0, "notes": "", "error": error})
+        self._write({**self._about, "figure": figure, **none, "repeats": 0, "notes": "", "error": error})
 
     def attempt(self, figure: str, work: Callable[[], T]) -> T | None:
         """Run one contender; None when it failed, after a row that says so."""
@@ -114,15 +115,24 @@ class Recorder:
         free(self.device)
         return None
 
+    @cached_property
     def _about(self) -> dict[str, object]:
-        told: dict[str, object] = {"commit": self.commit_name, "dirty": None}
         return {
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
             "command": self.command,
-            **(told if self.commit_name else commit()),
+            **self._commit(),
             "machine": {**machine(), **gpu_of(self.device)},
             "threads": torch.get_num_threads(),
         }
+
+    def _commit(self) -> dict[str, object]:
+        unknown: dict[str, object] = {"commit": self.commit_name, "dirty": None}
+        if self.commit_name:
+            return unknown
+        try:
+            return commit()
+        except OSError:  # a machine without git
+            return unknown
 
     def _write(self, line: Mapping[str, object]) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -176,15 +186,15 @@ def synchronise(device: torch.device) -> None:
 
 
 def free(device: torch.device) -> None:
-    """Give back what nobody holds: the device's memory, and pinned host memory that torch caches."""
-    gc.collect()
+    """Give back what nobody holds of a GPU's memory.
+
+    Pinned host memory stays in torch's cache: the next contender that pins as much takes it over.
+    """
     if device.type != "cuda":
         return
+    gc.collect()
     synchronise(device)
     torch.cuda.empty_cache()
-    empty_host_cache = getattr(torch._C, "_host_emptyCache", None)
-    if empty_host_cache is not None:
-        empty_host_cache()
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:

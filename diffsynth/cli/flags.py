@@ -21,10 +21,11 @@ DtypeName = Enum(
     "DtypeName", {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "fp8"}, type=str
 )
 TORCH_NAMES = {"fp8": "float8_e4m3fn"}  # of dtypes that torch spells otherwise
+Fp8ComputeName = Enum("Fp8ComputeName", {"widened": "widened", "fp8": "fp8"}, type=str)
 PrecisionName = Enum("PrecisionName", {"official": "official", "v1": "v1"}, type=str)
 
 VIDEO, GUIDANCE, SOURCE = "The video", "Steps and guidance", "Start from a video"
-TILES, MODEL, FILE = "VAE in tiles", "The model", "The file"
+TILES, MODEL, MEMORY, FILE = "VAE in tiles", "The model", "Memory and kernels", "The file"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +88,16 @@ FLAGS: tuple[Flag, ...] = (
          help="Of the weights; bfloat16, the tiny Wan float32. fp8 takes half the memory of bfloat16."),
     Flag(name="device", kind=str, panel=MODEL,
          help="cuda, cuda:1, cpu; default: a GPU if there is one, for the tiny Wan the CPU."),
+    Flag(name="vram", kind=str, panel=MEMORY,
+         help="GiB of the GPU to stay within, or auto: what is free. Blocks that do not fit are streamed."),
+    Flag(name="ram", kind=float, panel=MEMORY,
+         help="GiB of host memory for resting weights; beyond it blocks are read from their file."),
+    Flag(name="num_persistent", kind=int, panel=MEMORY,
+         help="About so many parameters of each DiT stay on the GPU; 0 streams every block."),
+    Flag(name="attention", kind=str, panel=MEMORY,
+         help="Name of the attention kernel; `diffsynth doctor` lists them."),
+    Flag(name="fp8_compute", kind=Fp8ComputeName, panel=MEMORY,
+         help="Of --dtype fp8: widened to bfloat16, or multiplied as fp8 where the GPU can."),
     Flag(name="precision", kind=PrecisionName, panel=MODEL,
          help="v1 repeats the arithmetic of DiffSynth-Studio 1.x, for old seeds."),
     Flag(name="out", kind=Path, panel=FILE, default=Path("video.mp4"), spellings=("--out", "-o"),

@@ -132,24 +132,49 @@ def _load(values: Mapping[str, Any]) -> WanVideoPipeline:
 
     import torch
 
+    from diffsynth.models.download import local_paths
+    from diffsynth.models.model_manager import ModelManager
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
     chosen: Any = paths or str(tiny_folder())
     dtype: str = values["dtype"] or ("bfloat16" if paths else "float32")
-    pipe = WanVideoPipeline.from_pretrained(
-        chosen[0] if len(paths) == 1 else chosen,
-        torch_dtype=getattr(torch, TORCH_NAMES.get(dtype, dtype)),
-        device=values["device"] or (None if paths else "cpu"),
-        download=values["download"],
+    limits = _limits(values)
+    device = values["device"] or (None if paths else "cpu")
+    # Within limits networks rest on the host and come to the device for their turn.
+    manager = ModelManager(getattr(torch, TORCH_NAMES.get(dtype, dtype)), "cpu" if limits else device)
+    manager.load_models(local_paths(chosen[0] if len(paths) == 1 else chosen, download=values["download"]))
+    pipe = WanVideoPipeline.from_model_manager(
+        manager,
+        device=ModelManager(device=device).device,
         dit=values["dit"] or None,
         tokenizer_path=values["tokenizer_path"],
         precision=values["precision"] or "official",
     )
+    if limits:
+        pipe.enable_vram_management(**limits)
+    if values["attention"] or values["fp8_compute"]:
+        pipe.choose_kernels(values["attention"], values["fp8_compute"])
     if pipe.parts.vae is None:
         raise MissingModelError(
             "--model holds no VAE; give its file too: --model DIT --model Wan2.1_VAE.pth."
         )
     return pipe
+
+
+def _limits(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `enable_vram_management` is given; empty without a limit."""
+    vram = values["vram"]
+    if vram not in (None, "auto"):
+        try:
+            vram = float(vram)
+        except ValueError:
+            raise ArgumentError(f"--vram is {vram!r}; give GiB, such as 12, or auto.") from None
+    limits = {
+        "num_persistent_param_in_dit": values["num_persistent"],
+        "vram_limit": vram,
+        "ram_limit": values["ram"],
+    }
+    return {name: value for name, value in limits.items() if value is not None}
 
 
 def _generate(pipe: WanVideoPipeline, arguments: Mapping[str, Any]) -> Tensor:

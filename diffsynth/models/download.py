@@ -71,6 +71,24 @@ def download_customized_models(
     return files
 
 
+def local_paths(
+    path: str | Path | Sequence[str | Path], *, download: bool
+) -> str | Path | Sequence[str | Path]:
+    """Return where the files of ``path`` are: ``path`` itself, or, for an id, where they were downloaded to.
+
+    Raises:
+        ArgumentError: for an id without ``download``: nothing reaches the network unasked.
+    """
+    if not isinstance(path, str) or Path(path).expanduser().exists() or not looks_like_id(path):
+        return path
+    if not download:
+        raise ArgumentError(
+            f"{path!r} is no file or folder here; if it is an id on a hub, allow the download with "
+            "download=True (--download on the command line)."
+        )
+    return download_models([path])
+
+
 def _download(model_id: str, patterns: list[str] | None, folder: Path, sites: Sequence[str]) -> Path:
     if model_id.count("/") != 1 or not all(model_id.split("/")) or ".." in model_id:
         raise ArgumentError(

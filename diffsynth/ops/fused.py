@@ -19,7 +19,7 @@ from torch import Tensor
 from diffsynth.ops.compiled import add_gated, compiler, write_modulated_norm, write_rms_norm, write_rotated
 
 CPU_PIECE_BYTES = 1 << 20  # float32 bytes of one piece: about half of a core's second-level cache
-GPU_PIECE_BYTES = 256 << 20
+GPU_PIECE_BYTES = 64 << 20
 MAX_RUNS = 64  # more runs of equal clocks than this are gathered token by token
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from torch import nn
 
 from diffsynth.conditioning.registry import CONDITIONERS
+from diffsynth.ops.attention import describe_attention
 from diffsynth.ops.fp8 import dtype_name
 from diffsynth.ops.fp8_policy import fp8_summary
 from diffsynth.pipelines.components import PipelineComponents
+from diffsynth.vram_management.memory_plan import MemoryPlan
 
 GIB = 2**30
 
 
-def describe(parts: PipelineComponents, precision: str) -> str:
-    """Lines of text: networks, experts, inputs, defaults."""
+def describe(parts: PipelineComponents, precision: str, memory: MemoryPlan | None = None) -> str:
+    """Lines of text: networks, experts, kernels, memory, inputs, defaults."""
     lines = [f"WanVideoPipeline on {parts.device}, {dtype_name(parts.dtype)}, precision {precision!r}"]
     for name, network in parts.networks().items():
         lines.append(f"  {name}: {'not loaded' if network is None else _network(network)}")
@@ -30,12 +32,31 @@ def describe(parts: PipelineComponents, precision: str) -> str:
         )
     if parts.low is not None:
         lines.append(f"  two experts, the low-noise one below timestep {parts.boundary * 1000:g}")
+    if parts.high is not None:
+        lines.append(f"  attention: {describe_attention(parts.device, parts.high.dit.attention)}")
+    if memory is not None:
+        lines += [f"  {line}" for line in describe_memory(memory)]
     lines.append("  inputs: " + ", ".join(sorted(CONDITIONERS)))
     if parts.generation:
         lines.append(
             "  defaults from the checkpoint: " + ", ".join(f"{k}={v}" for k, v in parts.generation.items())
         )
     return "\n".join(lines)
+
+
+def describe_memory(plan: MemoryPlan) -> list[str]:
+    """Lines of text: the peak, and where each network is."""
+    lines = [f"memory: planned peak {plan.peak_bytes / GIB:.2f} GiB, {plan.verdict}"]
+    for name, network in plan.networks.items():
+        if network.where == "streamed":
+            stay = f"{len(network.resident_blocks)} of {network.num_blocks} blocks stay"
+            lines.append(
+                f"  {name}: {stay}, {network.num_slots} slots, the others rest in {network.host} memory"
+            )
+        else:
+            how = "stays on the device" if network.where == "resident" else "comes for its phase"
+            lines.append(f"  {name}: {how}")
+    return [*lines, *(f"  {note}" for note in plan.notes)]
 
 
 def _network(network: nn.Module) -> str:

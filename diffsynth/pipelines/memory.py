@@ -19,6 +19,7 @@ from diffsynth.vram_management.plan import (
     layers_of_module,
     plan_memory,
 )
+from diffsynth.vram_management.residency import Residency
 
 logger = logging.getLogger("diffsynth")
 
@@ -123,3 +124,57 @@ def pipeline_layers(parts: PipelineComponents) -> Sequence[LayerSpec]:
         if network is not None
         for layer in layers_of_module(name, network)
     ]
+
+
+class MemoryManager:
+    """Holds a pipeline's networks to its limits, call by call.
+
+    Args:
+        parts: of the pipeline.
+    """
+
+    def __init__(self, parts: PipelineComponents) -> None:
+        self._parts = parts
+        self._limits: MemoryLimits | None = None
+        self.plan: MemoryPlan | None = None  # of the last call, or of the usual one; None without limits
+        self.residency = Residency(parts.networks(), parts.device)
+
+    def limit(self, limits: MemoryLimits) -> None:
+        """Follow these limits from now on, in place of earlier ones; raises as `plan_call`."""
+        plan = None if limits.is_free else plan_call(self._parts, limits, usual_sizes(self._parts))
+        self._limits = None if limits.is_free else limits
+        if plan is not None:
+            self._move_to_host()
+        self._follow(plan)
+
+    def prepare(self, request: VideoRequest) -> None:
+        """Plan a call and arrange the networks for it; raises as `plan_call`, before anything moves."""
+        if self._limits is not None:
+            self._follow(plan_call(self._parts, self._limits, sizes_of(request)))
+
+    def release(self) -> None:
+        """No limits, plain networks, no memory held."""
+        self._limits = None
+        self._follow(None)
+        self.residency.close()
+
+    def _move_to_host(self) -> None:
+        for name, network in self._parts.networks().items():
+            if network is not None and any(p.device.type != "cpu" for p in network.parameters()):
+                logger.warning(
+                    "The weights of %s were loaded onto the device; they rest on the host from now on. Load "
+                    'them with ModelManager(device="cpu") to spare the way there and back.',
+                    name,
+                )
+                network.to("cpu")
+
+    def _follow(self, plan: MemoryPlan | None) -> None:
+        before = {} if self.plan is None else self.plan.networks
+        after = {} if plan is None else plan.networks
+        if after != before:
+            self.residency.arrange(after)
+        for expert in (self._parts.high, self._parts.low):
+            if expert is not None:
+                expert.dit.keeps_keys = plan is None or plan.keeps_keys
+                expert.dit.ffn_chunk_tokens = None if plan is None else plan.ffn_chunk_tokens
+        self.plan = plan

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +15,22 @@ from torch import Tensor, nn
 from diffsynth.conditioning.conditions import Contribution, Merged, merge
 from diffsynth.conditioning.registry import CONDITIONERS
 from diffsynth.denoising.expert import Experts
-from diffsynth.denoising.loop import Guidance, denoise
+from diffsynth.denoising.loop import Guidance, OnStep, denoise
 from diffsynth.errors import ArgumentError, BusyPipelineError, MissingModelError
-from diffsynth.models.download import looks_like_id
+from diffsynth.models.download import local_paths
 from diffsynth.models.model_manager import ModelManager
+from diffsynth.ops.fp8 import Compute
 from diffsynth.pipelines.components import PipelineComponents, collect
 from diffsynth.pipelines.decoding import Tiling, VideoDecoder
-from diffsynth.pipelines.describe import describe
-from diffsynth.pipelines.memory import MemoryLimits, plan_call, sizes_of, usual_sizes
+from diffsynth.pipelines.describe import describe, describe_memory
+from diffsynth.pipelines.kernels import choose_kernels
+from diffsynth.pipelines.memory import MemoryLimits, MemoryManager
 from diffsynth.pipelines.noise import draw_noise, prepared_sampler
-from diffsynth.pipelines.request import VideoRequest, call_signature, read_request
+from diffsynth.pipelines.request import CallOptions, VideoRequest, call_signature, read_request
 from diffsynth.pipelines.saved_latents import latents_kept, provenance, save_latents
 from diffsynth.sampling.sampler import Sampler
 from diffsynth.sampling.schedule import add_noise
-from diffsynth.vram_management.plan import MemoryPlan
-from diffsynth.vram_management.residency import Residency
+from diffsynth.vram_management.memory_plan import MemoryPlan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,10 +57,9 @@ class WanVideoPipeline:
             raise ArgumentError(f"precision is {precision!r}; known: 'official', 'v1'.")
         self.parts, self.precision = parts, precision
         self.last_settings: Mapping[str, object] = {}  # of the last call, with defaults and seed filled in
-        self._residency = Residency(parts.networks(), parts.device)
+        self._memory = MemoryManager(parts)
+        self._residency = self._memory.residency
         self._is_interrupted = False
-        self._limits: MemoryLimits | None = None
-        self._memory: MemoryPlan | None = None
         self._in_use = Lock()
 
     @classmethod
@@ -123,17 +123,7 @@ class WanVideoPipeline:
             precision: see the class.
         """
         manager = ModelManager(torch_dtype=torch_dtype, device=device)
-        is_id = isinstance(path, str) and not Path(path).expanduser().exists() and looks_like_id(path)
-        if is_id and download:
-            from diffsynth.models.download import download_models
-
-            path = cast("list[str | Path]", download_models([str(path)]))
-        elif is_id:
-            raise ArgumentError(
-                f"{path!r} is no file or folder here; if it is an id on a hub, allow the download with "
-                "download=True (--download on the command line)."
-            )
-        manager.load_models(path)
+        manager.load_models(local_paths(path, download=download))
         return cls.from_model_manager(manager, dit=dit, tokenizer_path=tokenizer_path, precision=precision)
 
     @property
@@ -169,7 +159,7 @@ class WanVideoPipeline:
     @property
     def memory_plan(self) -> MemoryPlan | None:
         """The plan of the last call, or of `enable_vram_management`; None without limits."""
-        return self._memory
+        return self._memory.plan
 
     def enable_vram_management(
         self,
@@ -200,20 +190,33 @@ class WanVideoPipeline:
             ram_limit=ram_limit,
         )
         with self._alone():
-            plan = None if limits.is_free else plan_call(self.parts, limits, usual_sizes(self.parts))
-            self._limits = None if limits.is_free else limits
-            self._follow(plan)
+            self._memory.limit(limits)
+        if self.memory_plan is not None:
+            logger.info("\n".join(describe_memory(self.memory_plan)))
 
     def disable_vram_management(self) -> None:
         """Undo `enable_vram_management`: plain networks, which come for their phase as a whole."""
         with self._alone():
-            self._limits = None
-            self._follow(None)
-            self._residency.close()
+            self._memory.release()
+
+    def choose_kernels(self, attention: str | None = None, fp8_compute: Compute | None = None) -> None:
+        """Choose how the DiTs multiply, in place of the automatic choice; `describe` shows it.
+
+        Args:
+            attention: name of a kernel, such as "flash3"; ``diffsynth doctor`` lists them. None: by device
+                and shapes, among exact kernels.
+            fp8_compute: of weights kept in fp8: "widened" to bfloat16, or multiplied as "fp8" where the GPU
+                can: faster, and rounds activations too. None: widened.
+
+        Raises:
+            ArgumentError: for a kernel that is unknown or not available here; lists those that are.
+        """
+        with self._alone():
+            choose_kernels(self.parts, attention, fp8_compute)
 
     def describe(self) -> str:
-        """What is loaded, what inputs it reads and which defaults a call has."""
-        return describe(self.parts, self.precision)
+        """What is loaded, how it computes, what inputs it reads and which defaults a call has."""
+        return describe(self.parts, self.precision, self.memory_plan)
 
     def interrupt(self) -> None:
         """Stop the running call after its current step; it returns what the latents show by then."""
@@ -289,18 +292,6 @@ class WanVideoPipeline:
         finally:
             self._in_use.release()
 
-    def _follow(self, plan: MemoryPlan | None) -> None:
-        """Let networks rest and run as a plan says; None: as without limits."""
-        before = {} if self._memory is None else self._memory.networks
-        after = {} if plan is None else plan.networks
-        if after != before:
-            self._residency.arrange(after)
-        for expert in (self.parts.high, self.parts.low):
-            if expert is not None:
-                expert.dit.keeps_keys = plan is None or plan.keeps_keys
-                expert.dit.ffn_chunk_tokens = None if plan is None else plan.ffn_chunk_tokens
-        self._memory = plan
-
     def _generate(self, arguments: Mapping[str, object]) -> Videos:
         self._is_interrupted = False
         request = read_request(arguments, self.parts, self.precision)
@@ -313,8 +304,7 @@ class WanVideoPipeline:
         sampler = prepared_sampler(request)
         noise, seed = draw_noise(request)
         self.last_settings = {**request.settings, **({} if seed is None else {"seed": seed})}
-        if self._limits is not None:
-            self._follow(plan_call(self.parts, self._limits, sizes_of(request)))
+        self._memory.prepare(request)
         conditions = self._encode(request)
         return self._decode(request, self._denoise(request, conditions, sampler, noise))
 
@@ -341,23 +331,21 @@ class WanVideoPipeline:
         boundary = self.parts.boundary if options.switch_DiT_boundary is None else options.switch_DiT_boundary
         experts = Experts(
             self.parts.high, self.parts.low, boundary, options.step_cache, bring_in=self._residency.enter,
-            interleaves=self._memory is None or self._memory.interleaves_branches,
+            interleaves=self.memory_plan is None or self.memory_plan.interleaves_branches,
         )  # fmt: skip
         with self._residency.use(*self.parts.high.networks):
             latents = denoise(
                 experts, sampler, latents, positive=conditions.positive, negative=conditions.negative,
                 plan=plan, guidance=Guidance(high=request.cfg_scale, low=request.cfg_scale_low_noise),
-                on_step=self._on_step(options.callback_on_step_end), progress=options.progress_bar_cmd,
+                on_step=self._on_step(options), progress=options.progress_bar_cmd,
                 timestep_dtype=self.parts.dtype if is_v1 else None,
             )  # fmt: skip
         return plan.trim(latents).float()
 
-    def _on_step(
-        self, callback: Callable[..., Mapping[str, Tensor] | None] | None
-    ) -> Callable[[int, Tensor, Tensor], Tensor | None]:
+    def _on_step(self, options: CallOptions) -> OnStep:
         def on_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
-            if callback is not None:
-                changed = callback(self, step, timestep, {"latents": latents})
+            if options.callback_on_step_end is not None:
+                changed = options.callback_on_step_end(self, step, timestep, {"latents": latents})
                 latents = latents if changed is None else changed.get("latents", latents)
             if self._is_interrupted:
                 logger.info("Stopped after step %d.", step + 1)
@@ -379,7 +367,8 @@ class WanVideoPipeline:
             return decoder.videos(latents, options.output_type, is_batch=request.is_batch)
 
     def _decoder(self, latents: Tensor, tiling: Tiling) -> VideoDecoder:
-        return VideoDecoder.of(self.parts, self.precision, tiling, latents)
+        by_plan = self.memory_plan is not None and self.memory_plan.tiled_vae
+        return VideoDecoder.of(self.parts, self.precision, tiling, latents, tiled_by_plan=by_plan)
 
     @torch.no_grad()
     def _stream(self, decoder: VideoDecoder, latents: Tensor) -> Iterator[NDArray[np.uint8]]:

@@ -16,7 +16,7 @@ from diffsynth.vram_management.layers import DTYPE_BYTES, LayerSpec
 from diffsynth.vram_management.rates import DiTSizes
 
 FLOAT32 = 4
-PIECE_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}  # of ops/fused.py: float32 worked on at a time
+PIECE_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # of ops/fused.py: float32 worked on at a time
 FFN_CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}  # of dit.py
 WORKSPACE_BYTES = {"cpu": 0, "cuda": 100_000_000}  # what cuBLAS, cuDNN and attention allocate through torch
 TEMPORAL_STRIDE = 4  # of every Wan VAE

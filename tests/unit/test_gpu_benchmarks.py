@@ -162,10 +162,10 @@ def test_missing_peer_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_parts_that_do_not_fit_are_put_off() -> None:
-    now, later = all_parts.choose(all_parts.PARTS, seconds=300, slower=1.0)
+    now, later = all_parts.choose(all_parts.PARTS, seconds=400, slower=1.0)
     assert [part.name for part in now] == ["480P", "vae"]
     assert [part.name for part in later] == ["fp8", "720P", "v1"]
-    assert all_parts.choose(all_parts.PARTS, seconds=300, slower=10.0)[0] == []
+    assert all_parts.choose(all_parts.PARTS, seconds=400, slower=10.0)[0] == []
 
 
 def test_all_names_the_parts_it_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

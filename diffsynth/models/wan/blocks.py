@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffsynth.models.wan.stream import Call
 from diffsynth.models.wan.text_tokens import TextTokens
 from diffsynth.ops.attention import AttentionKernel
-from diffsynth.ops.fused import add, gated_add, modulated_layer_norm, rms_norm_heads
+from diffsynth.ops.fused import Span, add, gated_add, modulated_layer_norm, rms_norm_heads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,11 +58,22 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """All tokens to all tokens, with rotary positions."""
 
-    def forward(self, x: Tensor, rotation: Tensor, attention: AttentionKernel) -> Tensor:
-        q = self.heads(self.q(x), self.norm_q, rotation)
-        k = self.heads(self.k(x), self.norm_k, rotation)
-        v = self.heads(self.v(x), None)
-        del x
+    def forward(
+        self,
+        x: Tensor,
+        modulation: tuple[Tensor, Tensor],
+        spans: tuple[Span, ...],
+        rotation: Tensor,
+        attention: AttentionKernel,
+    ) -> Tensor:
+        """X (B, L, D) before its norm; ``modulation``: shift and scale, (B, K, D) each."""
+        # Normalised here and not by the caller: a module's arguments live until it returns, and this one
+        # would be a sixth stream beside x, q, k, v and what attention gives.
+        y = modulated_layer_norm(x, *modulation, spans, self.sizes.eps)
+        q = self.heads(self.q(y), self.norm_q, rotation)
+        k = self.heads(self.k(y), self.norm_k, rotation)
+        v = self.heads(self.v(y), None)
+        del y
         out = attention(q, k, v)
         del q, k, v
         return self.o(out.flatten(2))  # type: ignore[no-any-return]
@@ -133,7 +144,7 @@ class DiTBlock(nn.Module):
         rows = self.modulation.float() + call.t_mod  # (B, K, 6, D)
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = rows.unbind(2)
         eps, spans = self.sizes.eps, call.spans
-        y = self.self_attn(modulated_layer_norm(x, shift_sa, scale_sa, spans, eps), rotation, call.attention)
+        y = self.self_attn(x, (shift_sa, scale_sa), spans, rotation, call.attention)
         x = gated_add(x, y, gate_sa, spans)
         del y
         x = add(x, self.cross_attn(self.norm3(x), keys, call.attention))

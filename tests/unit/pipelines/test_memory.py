@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffsynth.errors import ArgumentError, BusyPipelineError, MemoryBudgetError, MovedModelError
 from diffsynth.models.model_manager import ModelManager
-from diffsynth.pipelines import wan_video
+from diffsynth.pipelines import memory
 from diffsynth.pipelines.memory import plan_call
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.vram_management.copiers import ThreadCopier
@@ -98,7 +98,7 @@ def test_every_way_gives_the_same_latents(
         networks = {**plan.networks, "dit": dit}
         return replace(plan, networks=networks, interleaves_branches=interleaves, keeps_keys=keeps_keys)
 
-    monkeypatch.setattr(wan_video, "plan_call", forced)
+    monkeypatch.setattr(memory, "plan_call", forced)
     pipe.enable_vram_management(0)
     assert torch.equal(latents(pipe), expected)
     counts = pipe._residency.counts("dit")
