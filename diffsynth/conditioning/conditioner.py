@@ -68,6 +68,21 @@ class Components(Protocol):
     known_words: frozenset[str]  # words that a small text encoder was taught; empty: it knows language
 
     @property
+    def planes(self) -> Mapping[str, int]:
+        """Channels of each plane that the DiT reads beside the noise; empty for text to video."""
+        ...
+
+    @property
+    def has_image_branch(self) -> bool:
+        """Whether the DiT reads tokens of an image encoder."""
+        ...
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Names of the adapters beside the DiT."""
+        ...
+
+    @property
     def text_encoder(self) -> TextEncoderLike | None: ...
     @property
     def tokenizer(self) -> Tokenizer | None: ...

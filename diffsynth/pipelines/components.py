@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,9 +16,15 @@ from diffsynth.models.model_manager import LoadedModel, ModelManager
 from diffsynth.models.wan.dit import WanDiT
 from diffsynth.models.wan.text_encoder import WanTextEncoder
 from diffsynth.models.wan.vae import WanVideoVAE
+from diffsynth.pipelines.adapters import with_adapters
 
 logger = logging.getLogger("diffsynth")
 
+ENCODERS = {
+    "wan_video_text_encoder": "text_encoder",
+    "wan_video_image_encoder": "image_encoder",
+    "wan_video_vae": "vae",
+}  # name in the manager -> part of the pipeline
 BOUNDARY_T2V, BOUNDARY_WITH_PLANES = 0.875, 0.900  # Wan2.2 wan/configs
 
 
@@ -32,6 +38,7 @@ class PipelineComponents:
     low: Expert | None = None
     text_encoder: WanTextEncoder | None = None
     tokenizer: Tokenizer | None = None
+    image_encoder: torch.nn.Module | None = None
     vae: WanVideoVAE | None = None
     boundary: float = BOUNDARY_T2V
     family: str = "t2v"
@@ -41,14 +48,30 @@ class PipelineComponents:
     )  # defaults of pipe() that the checkpoint carries
     sources: dict[str, str] = field(default_factory=dict)  # part -> file, for describe()
 
+    @property
+    def planes(self) -> Mapping[str, int]:
+        """Channels of each plane that the DiT reads beside the noise; empty for text to video."""
+        return {} if self.high is None else self.high.dit.config.planes
+
+    @property
+    def has_image_branch(self) -> bool:
+        """Whether the DiT reads tokens of an image encoder."""
+        return self.high is not None and self.high.dit.config.image_dim is not None
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Names of the adapters beside the DiT."""
+        return frozenset() if self.high is None else frozenset(a.name for a in self.high.adapters)
+
     def networks(self) -> dict[str, torch.nn.Module | None]:
         """By the names under which they visit the device."""
+        found: dict[str, torch.nn.Module | None] = {"dit": None, "dit_low_noise": None}
+        for expert in (self.high, self.low):
+            if expert is not None:
+                found.update(zip(expert.networks, (expert.dit, *expert.adapters), strict=True))
         return {
-            "dit": None if self.high is None else self.high.dit,
-            "dit_low_noise": None if self.low is None else self.low.dit,
-            "text_encoder": self.text_encoder,
-            "vae": self.vae,
-        }
+            **found, "text_encoder": self.text_encoder, "image_encoder": self.image_encoder, "vae": self.vae,
+        }  # fmt: skip
 
 
 def collect(
@@ -75,8 +98,8 @@ def collect(
         ConfigurationError: when sizes of two parts do not fit.
     """
     parts = PipelineComponents(device=device, dtype=dtype)
-    _take_dits(parts, _pick_dits(manager, dit))
-    for name, attribute in (("wan_video_text_encoder", "text_encoder"), ("wan_video_vae", "vae")):
+    _take_dits(parts, _pick_dits(manager, dit), manager.loaded)
+    for name, attribute in ENCODERS.items():
         found = [entry for entry in manager.loaded if entry.name == name]
         if len(found) > 1:
             raise AmbiguousModelError(
@@ -115,7 +138,7 @@ def _pick_dits(manager: ModelManager, wanted: str | Path | Sequence[str | Path] 
     return picked
 
 
-def _take_dits(parts: PipelineComponents, found: list[LoadedModel]) -> None:
+def _take_dits(parts: PipelineComponents, found: list[LoadedModel], loaded: Sequence[LoadedModel]) -> None:
     if not found:
         return
     if len(found) > 2:
@@ -127,11 +150,12 @@ def _take_dits(parts: PipelineComponents, found: list[LoadedModel]) -> None:
     high, low = found[0], None
     if len(found) == 2:
         high, low = _roles(found[0], found[1])
-    parts.high = Expert(dit=_dit(high))
-    parts.sources["dit"] = _source(high)
-    if low is not None:
-        parts.low = Expert(dit=_dit(low), networks=("dit_low_noise",))
-        parts.sources["dit_low_noise"] = _source(low)
+    entries = {"dit": high} if low is None else {"dit": high, "dit_low_noise": low}
+    experts = with_adapters(
+        {name: (Expert(dit=_dit(e), networks=(name,)), e) for name, e in entries.items()}, loaded
+    )
+    parts.high, parts.low = experts["dit"], experts.get("dit_low_noise")
+    parts.sources.update({name: _source(entry) for name, entry in entries.items()})
     parts.family = high.match.family
     parts.generation = dict(high.match.generation)
     usual = BOUNDARY_WITH_PLANES if parts.high.dit.config.planes else BOUNDARY_T2V

@@ -113,7 +113,7 @@ class StreamCopier:
     """A side stream carries from pinned memory: one asynchronous copy a block."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._device = device
 
     def mark(self) -> Mark:
@@ -193,7 +193,7 @@ def host_buffer(num_bytes: int, *, is_pinned: bool) -> FlatSource:
         return FlatSource(buffer)
     # Registered rather than allocated by torch, whose pinned allocator rounds up to powers of two: a block of
     # 703 MB would cost 1024.
-    cudart = torch.cuda.cudart()
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     status = cudart.cudaHostRegister(buffer.data_ptr(), num_bytes, 0)
     if int(status) != 0:
         raise PinnedMemoryError(
@@ -207,7 +207,8 @@ def host_buffer(num_bytes: int, *, is_pinned: bool) -> FlatSource:
 def release_buffer(source: FlatSource) -> None:
     """Unlock the pages of a pinned buffer; the memory goes with its last user."""
     if torch.cuda.is_available() and source.buffer.numel() and source.buffer.is_pinned():
-        torch.cuda.cudart().cudaHostUnregister(source.buffer.data_ptr())
+        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        cudart.cudaHostUnregister(source.buffer.data_ptr())
 
 
 def _nothing() -> None:

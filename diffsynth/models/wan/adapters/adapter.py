@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from diffsynth.models.wan.dit import WanDiT
+    from diffsynth.models.wan.dit_config import DiTConfig
     from diffsynth.models.wan.stream import Call, TokenStream
 
 
@@ -19,6 +20,9 @@ class DiTAdapter(nn.Module):
     """
 
     name: str
+
+    def join(self, dit: DiTConfig) -> None:
+        """Learn the sizes of the DiT that it is used with; raises ConfigurationError when they do not fit."""
 
     def modulate(self, t_mod: Tensor, given: object) -> Tensor:
         """Time modulation, (B, K, 6, D)."""
