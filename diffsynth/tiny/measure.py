@@ -44,6 +44,7 @@ MOVES_FROM = 0.4 * SPEED  # pixels per frame
 TEMPLATE_SIZE = 32  # side of the pictures in which shapes are compared
 TEMPLATE_REACH = 1.15  # half that side, in square roots of the thing's area
 TEMPLATE_BLURS = (0.0, 1.0, 2.0)  # pixels (standard deviation): a decoded clip is softer than a drawn one
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 SAMPLERS = ("euler", "unipc", "dpm++")
 
 
@@ -287,6 +288,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
         default=True,
         help="also measure captions with two shapes, in rows of their own",
     )
+    add("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights")
     add("--device", default="cpu")
     add("--json", action="store_true", help="write one JSON object per row instead of a table")
     return parser.parse_args(words)
@@ -309,7 +311,7 @@ def main(words: Sequence[str] | None = None) -> int:
     given = _arguments(words)
     # By name: this folder stands below the pipeline in the tree, and must not lean on it when imported.
     pipeline = importlib.import_module("diffsynth").WanVideoPipeline
-    pipe = pipeline.from_pretrained(given.model, torch_dtype=torch.float32, device=given.device)
+    pipe = pipeline.from_pretrained(given.model, torch_dtype=DTYPES[given.dtype], device=given.device)
     guidance = {} if given.cfg_scale is None else {"cfg_scale": given.cfg_scale}
     if not given.json:
         titles = ("colour", "shape", "motion", "all three", "background", "count")
