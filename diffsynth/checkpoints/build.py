@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 
 
 class NetworkClass(Protocol):
-    """What every network's class offers."""
+    """What every network's class offers.
+
+    A network may have ``unread``: beginnings of names in its checkpoint that stand for nothing it computes;
+    these tensors are never read.
+    """
 
     def from_config(self, config: Config) -> nn.Module:
         """Build the network with these sizes."""
@@ -48,12 +53,14 @@ def build(match: Match, dtype: torch.dtype | None = None, device: str | torch.de
 
     config = match.require_config()
     network = _empty(load_class(match), config)
-    _check_tensors(match, network)
+    unread: tuple[str, ...] = getattr(network, "unread", ())
+    names = [name for name in match.checkpoint.shapes if not name.startswith(unread)]
+    _check_tensors(match, network, names)
     kept: set[str] = set()
     if dtype == torch.float8_e4m3fn:
         dtype, kept = torch.bfloat16, _make_fp8(network)
     weights: dict[str, Tensor] = {}
-    for name in match.checkpoint.shapes:
+    for name in names:
         if name in kept:
             weights[name], weights[f"{name}_scale"] = fp8_pair(match.checkpoint, name, device)
         else:
@@ -145,9 +152,9 @@ def load_class(match: Match) -> NetworkClass:
     return cast("NetworkClass", getattr(import_module(module), name))
 
 
-def _check_tensors(match: Match, network: nn.Module) -> None:
+def _check_tensors(match: Match, network: nn.Module, names: Sequence[str]) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = match.checkpoint.shapes
+    found = {name: match.checkpoint.shapes[name] for name in names}
     faults = {
         "are missing": [name for name in expected if name not in found],
         "belong to no layer": [name for name in found if name not in expected],
@@ -157,6 +164,6 @@ def _check_tensors(match: Match, network: nn.Module) -> None:
             if name in found and found[name] != shape
         ],
     }
-    for fault, names in faults.items():
-        if names:
-            raise IncompleteCheckpointError(match.checkpoint.source, match.needs, len(expected), fault, names)
+    for fault, some in faults.items():
+        if some:
+            raise IncompleteCheckpointError(match.checkpoint.source, match.needs, len(expected), fault, some)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from diffsynth.checkpoints.open_file import not_found
 from diffsynth.errors import CheckpointNotFoundError, CorruptCheckpointError, MissingShardError
+
+logger = logging.getLogger("diffsynth")
 
 PathLike = str | Path
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
@@ -115,11 +118,18 @@ def _files_of_index(index: Path) -> tuple[Path, ...]:
 
 
 def _folder(folder: Path) -> list[FileGroup]:
-    groups = _weights_in(folder)
-    for name in _parts_of(folder):
+    groups, parts = _weights_in(folder), _parts_of(folder)
+    for name in parts:
         groups.extend(_weights_in(folder / name))
+    others = (entry for entry in sorted(folder.iterdir()) if entry.is_dir() and entry.name not in parts)
+    inside = [entry.name for entry in others if any(file.suffix in SUFFIXES for file in entry.iterdir())]
+    if groups and inside:
+        logger.warning(
+            "%s: the weights in %s are not looked at; give those folders by name if they belong to the model.",
+            folder,
+            ", ".join(inside),
+        )
     if not groups:
-        inside = [entry.name for entry in sorted(folder.iterdir()) if entry.is_dir() and _weights_in(entry)]
         hint = (
             f"These folders in it do: {', '.join(inside)}; give one of them."
             if inside

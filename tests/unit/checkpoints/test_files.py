@@ -184,3 +184,13 @@ def test_shards_are_one_checkpoint(tmp_path: Path) -> None:
     assert list(checkpoint.shapes) == ["blocks.1.w", "blocks.2.w", "blocks.3.w"]
     assert checkpoint.num_bytes == 24 and checkpoint.num_parameters == 12
     assert checkpoint.metadata == {"shard": "1"}
+
+
+def test_folders_that_are_passed_over_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("vae", "my-dit"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    with caplog.at_level("WARNING", logger="diffsynth"):
+        groups = group_files(tmp_path)
+    assert [path.parent.name for group in groups for path in group.paths] == ["vae"]
+    assert "my-dit" in caplog.text and "by name" in caplog.text
