@@ -69,6 +69,7 @@ class _Streamed:
             if id(tensor) not in inside and name not in host_tables
         ]
         self._network, self._rest = network, _Whole(rest, device)
+        self.planned_host = plan.host  # the stream's own is "ring" where memory could not be pinned
         self.stream = _stream(blocks, device, plan)
         self._streaming = widening(network, self.stream)
         self._resting = widening(network, in_order)
@@ -116,7 +117,7 @@ class Residency:
             if plan is None or plan.where != "streamed":
                 if not isinstance(guest, _Whole):
                     self._replace(name, _Whole([*network.parameters(), *network.buffers()], self._device))
-            elif isinstance(guest, _Streamed) and guest.stream.host == plan.host:
+            elif isinstance(guest, _Streamed) and guest.planned_host == plan.host:
                 guest.stream.arrange(plan.resident_blocks, plan.num_slots)
             else:
                 self._replace(name, _Streamed(network, self._device, plan))
