@@ -19,6 +19,7 @@ def read_version() -> str:
 
 TRAIN = ["lightning>=2.4", "peft>=0.14"]
 UI = ["gradio>=5"]
+CONTROL = ["opencv-python>=4.8", "transformers>=4.46", "rtmlib>=0.0.13", "onnxruntime>=1.17"]
 TEST = [*TRAIN, "pytest>=8", "diffusers>=0.35", "transformers>=4.46"]
 DEV = [*TEST, "ruff>=0.9", "mypy>=1.14", "codespell>=2.3", "pre-commit>=4", "types-tqdm"]
 
@@ -48,7 +49,7 @@ setup(
         "huggingface_hub>=0.26",
         "modelscope>=1.20",
     ],
-    extras_require={"train": TRAIN, "ui": UI, "test": TEST, "dev": DEV},
+    extras_require={"train": TRAIN, "ui": UI, "control": CONTROL, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["diffsynth=diffsynth.cli.app:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

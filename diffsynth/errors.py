@@ -158,3 +158,15 @@ class MemoryBudgetError(DiffSynthError, ValueError):
             f"for {phase}. {remedy}"
         )
         self.argument, self.minimum_gib, self.phase = argument, minimum_gib, phase
+
+
+class LoRAError(CheckpointError, ValueError):
+    """A LoRA that cannot be read, written, or used with the loaded networks; the message says why."""
+
+
+class MissingPackageError(DiffSynthError, ImportError):
+    """A package that is not required, and that this call needs."""
+
+    def __init__(self, package: str, needed_for: str, install: str) -> None:
+        super().__init__(f"{package} is not installed and {needed_for} needs it: {install}")
+        self.package = package

@@ -19,7 +19,8 @@ from diffsynth.tiny import tiny_folder
 
 FOLDER = Path(__file__).parents[1] / "examples" / "wanvideo"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
-WITH_REAL_MODELS = [file for file in EXAMPLES if file.name.startswith("wan_")]
+WITH_TOYS = [file for file in EXAMPLES if "--tiny" in file.read_text(encoding="utf-8")]
+WITH_REAL_MODELS = [file for file in EXAMPLES if file.name.startswith("wan_") and file not in WITH_TOYS]
 
 
 def test_the_usual_ways_to_use_a_model_have_an_example() -> None:
@@ -28,6 +29,13 @@ def test_the_usual_ways_to_use_a_model_have_an_example() -> None:
         "wan_1.3b_text_to_video",
         "wan_1.3b_video_to_video",
         "wan_14b_text_to_video",
+        "wan_14b_image_to_video",
+        "wan_14B_flf2v",
+        "wan_fun_InP",
+        "wan_fun_control",
+        "wan_fun_reference_control",
+        "wan_1.3b_motion_controller",
+        "wan_1.3b_vace",
     }
 
 
@@ -74,6 +82,15 @@ def test_example_runs_with_toy_weights(
     assert len(asked) == 3 and all("models/Wan-AI" in str(path) for path in asked)
     made = "edited.mp4" if "video_to_video" in file.stem else "video.mp4"
     assert len(diffsynth.VideoData(tmp_path / made)) == 5
+
+
+@pytest.mark.parametrize("file", WITH_TOYS, ids=lambda file: file.stem)
+def test_example_runs_with_tiny(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [file.name, "--tiny"])
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(file), run_name="__main__")
+    made = list(tmp_path.glob("*.mp4"))
+    assert made and all(len(diffsynth.VideoData(video)) == 5 for video in made)
 
 
 @pytest.mark.skipif(

@@ -13,6 +13,7 @@ import typer.main
 
 import diffsynth
 from diffsynth.cli.app import app
+from diffsynth.conditioning.camera import USUAL_ORIGIN
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 
@@ -23,13 +24,15 @@ NAMES = [
 
 # arguments of pipe() and their defaults; None is the model's own
 CALL: dict[str, Any] = {
+    "camera_control_direction": None, "camera_control_origin": USUAL_ORIGIN, "camera_control_poses": None,
+    "camera_control_speed": 1 / 54, "fit": None,
     "callback_on_step_end": None, "cfg_scale": None, "cfg_scale_low_noise": None, "control_video": None,
     "denoising_strength": 1.0, "end_image": None, "height": None, "input_image": None, "input_video": None,
-    "latents": None, "motion_bucket_id": None, "negative_prompt": "", "negative_prompt_embeds": None,
+    "latents": None, "max_area": None, "resize": "cover", "motion_bucket_id": None, "negative_prompt": "", "negative_prompt_embeds": None,
     "num_frames": None, "num_inference_steps": None, "num_videos_per_prompt": 1, "output_type": "pil",
     "progress_bar_st": None, "prompt": None, "prompt_embeds": None, "rand_device": "cpu",
     "cache_text": None, "save_latents": None,
-    "reference_image": None, "sampler": None, "seed": None, "sigma_shift": None, "sigmas": None,
+    "preset": None, "reference_image": None, "sampler": None, "seed": None, "sigma_shift": None, "sigmas": None,
     "step_cache": None, "strict": False, "switch_DiT_boundary": None, "tea_cache_l1_thresh": None,
     "tea_cache_model_id": "", "tile_size": None, "tile_stride": None, "tiled": None, "timesteps": None,
     "vace_reference_image": None, "vace_scale": 1.0, "vace_video": None, "vace_video_mask": None,
@@ -41,12 +44,18 @@ FLAGS = {
     "generate": {
         "prompt", "--cfg-scale", "--cfg-scale-low-noise", "--codec", "--crf", "--debug",
         "--denoising-strength", "--device", "--dit", "--download", "--dtype", "--fps", "--height",
-        "--input-video", "--model",
+        "--control-video", "--fit", "--reference-image", "--camera-control-direction",
+        "--camera-control-speed", "--motion-bucket-id",
+        "--input-video", "--input-image", "--end-image", "--resize", "--max-area", "--model",
         "--negative-prompt", "--no-tiled", "--num-frames", "--num-inference-steps", "--num-videos-per-prompt",
-        "--out", "--pix-fmt", "--precision", "--quality", "--quiet", "--sampler", "--seed", "--sigma-shift",
+        "--out", "--pix-fmt", "--precision", "--preset", "--quality", "--quiet", "--sampler", "--seed", "--sigma-shift",
         "--steps", "--strict", "--switch-dit-boundary", "--tile-size", "--tile-stride", "--tiled",
         "--tokenizer-path", "--width", "-o", "-q", "--cache-text", "--keep-latents", "--vram", "--ram",
         "--num-persistent", "--attention", "--fp8-compute",
+        "--vace-video", "--vace-video-mask", "--vace-reference-image", "--vace-scale",
+    },
+    "preprocess": {
+        "source", "out", "--task", "--boxes", "--model", "--download", "--device", "--fps",
     },
     "decode": {
         "latents", "--codec", "--crf", "--debug", "--device", "--dtype", "--fps", "--no-tiled", "--out",
@@ -57,6 +66,7 @@ FLAGS = {
         "--no-cfg", "--copy-gbs", "--ring-gbs", "--tflops", "--json",
     },
     "inspect": {"paths", "--json"},
+    "lora": set(),
     "doctor": {"--json"},
 }  # fmt: skip
 

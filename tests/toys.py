@@ -44,10 +44,10 @@ def load_golden_model(
 
 
 def golden_pipeline(case: Case, folder: Path) -> WanVideoPipeline:
-    """A pipeline of a golden's DiT (or two experts) and VAE, without text encoder."""
+    """A pipeline of a golden's DiT (or two experts), VAE and image encoder, without text encoder."""
     files = []
     for model in case.models:
-        part = "vae" if model == "vae" else "dit"
+        part = model if model in ("vae", "clip") else "dit"
         subfolder = {"dit_high": "high_noise_model", "dit_low": "low_noise_model"}.get(model, model)
         files.append(
             write_checkpoint(folder / subfolder / "model.safetensors", case.weights(model), case.config[part])

@@ -168,29 +168,36 @@ DIFFUSERS_VAE22 = _vae(
     },
 )
 
-_HF_LAYER = "vision_model.encoder.layers.{n}"
-HF_CLIP_VISION = KeyLayout(
-    "diffusers",
-    ("vision_model.embeddings.class_embedding",),
-    (
-        Row("visual.cls_embedding", "vision_model.embeddings.class_embedding", ones=(2, 0)),
-        Row("visual.pos_embedding", "vision_model.embeddings.position_embedding.weight", ones=(1, 0)),
-        Row(None, "vision_model.embeddings.position_ids"),  # a counting row in old files
-        Row("visual.patch_embedding.weight", "vision_model.embeddings.patch_embedding.weight"),
-        Row("visual.pre_norm.{p}", "vision_model.pre_layrnorm.{p}"),
-        Row("visual.post_norm.{p}", "vision_model.post_layernorm.{p}"),
-        Row("visual.head", "visual_projection.weight", transposed=True),
-        Row("visual.transformer.{n}.norm{12}.{p}", _HF_LAYER + ".layer_norm{12}.{p}"),
-        Row(
-            "visual.transformer.{n}.attn.to_qkv.{p}",
-            tuple(_HF_LAYER + f".self_attn.{letter}_proj.{{p}}" for letter in "qkv"),
-        ),
-        Row("visual.transformer.{n}.attn.proj.{p}", _HF_LAYER + ".self_attn.out_proj.{p}"),
-        Row("visual.transformer.{n}.mlp.0.{p}", _HF_LAYER + ".mlp.fc1.{p}"),
-        Row("visual.transformer.{n}.mlp.2.{p}", _HF_LAYER + ".mlp.fc2.{p}"),
-        Row("textual.{any}", None),
-        Row("log_scale", None),
-    ),
-)
 
-LAYOUTS = (DIFFUSERS_DIT, DIFFUSERS_VAE21, DIFFUSERS_VAE22, UMT5, HF_CLIP_VISION)
+def _clip_vision(prefix: str) -> KeyLayout:
+    """Return the layout of transformers' CLIPVisionModel, whose names begin with ``prefix``."""
+    layer = f"{prefix}encoder.layers.{{n}}"
+    return KeyLayout(
+        "diffusers",
+        (f"{prefix}embeddings.class_embedding",),
+        (
+            Row("visual.cls_embedding", f"{prefix}embeddings.class_embedding", ones=(2, 0)),
+            Row("visual.pos_embedding", f"{prefix}embeddings.position_embedding.weight", ones=(1, 0)),
+            Row(None, f"{prefix}embeddings.position_ids"),  # a counting row in old files
+            Row("visual.patch_embedding.weight", f"{prefix}embeddings.patch_embedding.weight"),
+            Row("visual.pre_norm.{p}", f"{prefix}pre_layrnorm.{{p}}"),
+            Row("visual.post_norm.{p}", f"{prefix}post_layernorm.{{p}}"),
+            Row("visual.head", "visual_projection.weight", transposed=True),
+            Row("visual.transformer.{n}.norm{12}.{p}", f"{layer}.layer_norm{{12}}.{{p}}"),
+            Row(
+                "visual.transformer.{n}.attn.to_qkv.{p}",
+                tuple(f"{layer}.self_attn.{letter}_proj.{{p}}" for letter in "qkv"),
+            ),
+            Row("visual.transformer.{n}.attn.proj.{p}", f"{layer}.self_attn.out_proj.{{p}}"),
+            Row("visual.transformer.{n}.mlp.0.{p}", f"{layer}.mlp.fc1.{{p}}"),
+            Row("visual.transformer.{n}.mlp.2.{p}", f"{layer}.mlp.fc2.{{p}}"),
+            Row("textual.{any}", None),
+            Row("log_scale", None),
+        ),
+    )
+
+
+HF_CLIP_VISION = _clip_vision("vision_model.")
+HF_CLIP_VISION_BARE = _clip_vision("")  # as transformers 5 writes a model that it made itself
+
+LAYOUTS = (DIFFUSERS_DIT, DIFFUSERS_VAE21, DIFFUSERS_VAE22, UMT5, HF_CLIP_VISION, HF_CLIP_VISION_BARE)

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from diffsynth import __version__
+from diffsynth.cli import lora
 from diffsynth.cli.flags import DECODE_FLAGS, FLAGS, with_flags
 from diffsynth.errors import DiffSynthError
 
@@ -19,6 +20,19 @@ INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 
 PlanDtypeName = Enum(
     "PlanDtypeName", {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "fp8": "fp8"}, type=str
+)
+TaskName = Enum(
+    "TaskName",
+    {
+        "grey": "grey",
+        "canny": "canny",
+        "scribble": "scribble",
+        "flow": "flow",
+        "depth": "depth",
+        "pose": "pose",
+        "layout": "layout",
+    },
+    type=str,
 )
 
 app = typer.Typer(
@@ -29,6 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(lora.app)
 
 
 def main() -> None:
@@ -93,6 +108,33 @@ def decode(
 
     with plain_errors(bool(given.pop("debug"))):
         run_decode(latents, given)
+
+
+@app.command(epilog="For example: diffsynth preprocess --task canny in.mp4 out.mp4")
+def preprocess(
+    source: Annotated[Path, typer.Argument(help="A video, a picture, or a folder of pictures.")],
+    out: Annotated[Path, typer.Argument(help="The control video, or .png or .jpg for a picture.")],
+    *,
+    task: Annotated[TaskName, typer.Option(help="What to draw.")],
+    boxes: Annotated[
+        Path | None, typer.Option(help='Of layout: JSON, [{"FRAME": [left, top, right, bottom], ...}, ...].')
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Of depth and pose: folder of the network; of depth: or a hub id.")
+    ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Let that network be downloaded.")] = False,
+    device: Annotated[str, typer.Option(help="Of depth and pose: cpu or cuda.")] = "cpu",
+    fps: Annotated[float | None, typer.Option(help="Frames per second; the source's.")] = None,
+) -> None:
+    """Draw the control video of a video: grey, lines, motion, depth, poses or boxes."""
+    from diffsynth.cli.preprocess import PreprocessRequest, run_preprocess
+    from diffsynth.video.preprocess import Options
+
+    with plain_errors():
+        options = Options(model=model, download=download, device=device)
+        run_preprocess(
+            PreprocessRequest(source=source, out=out, task=task.value, boxes=boxes, options=options, fps=fps)
+        )
 
 
 @app.command()

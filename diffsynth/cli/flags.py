@@ -22,6 +22,8 @@ DtypeName = Enum(
 )
 TORCH_NAMES = {"fp8": "float8_e4m3fn"}  # of dtypes that torch spells otherwise
 Fp8ComputeName = Enum("Fp8ComputeName", {"widened": "widened", "fp8": "fp8"}, type=str)
+FitName = Enum("FitName", {"trim": "trim", "hold": "hold"}, type=str)
+ResizeName = Enum("ResizeName", {"cover": "cover", "stretch": "stretch", "contain": "contain"}, type=str)
 PrecisionName = Enum("PrecisionName", {"official": "official", "v1": "v1"}, type=str)
 
 VIDEO, GUIDANCE, SOURCE = "The video", "Steps and guidance", "Start from a video"
@@ -57,6 +59,8 @@ FLAGS: tuple[Flag, ...] = (
          help="Refuse sizes that do not fit the model instead of taking the next that do."),
     Flag(name="cache_text", kind=Path, panel=VIDEO,
          help="Folder of encoded prompts: each is encoded once; later runs leave the text encoder out."),
+    Flag(name="preset", kind=str, panel=GUIDANCE,
+         help="Settings of a step-distilled model or LoRA: lightx2v-4step. Flags given beside it win."),
     Flag(name="num_inference_steps", kind=int, panel=GUIDANCE, spellings=("--num-inference-steps", "--steps"),
          help="Calls of the model; Wan2.1: 50."),
     Flag(name="cfg_scale", kind=float, panel=GUIDANCE,
@@ -71,6 +75,32 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="input_video", kind=Path, panel=SOURCE, help="A video, or a folder of pictures."),
     Flag(name="denoising_strength", kind=float, panel=SOURCE,
          help="Share of noise laid over --input-video: 0.7 keeps the layout, 1 ignores it."),
+    Flag(name="input_image", kind=Path, panel=SOURCE, help="The first frame, of an image-to-video model."),
+    Flag(name="end_image", kind=Path, panel=SOURCE, help="The last frame, of an FLF2V or InP model."),
+    Flag(name="resize", kind=ResizeName, panel=SOURCE,
+         help="How --input-image is brought to size: cover crops, stretch distorts, contain sets bars."),
+    Flag(name="max_area", kind=int, panel=SOURCE,
+         help="Pixels: height and width follow --input-image's proportions; 480 * 832 = 399360."),
+    Flag(name="control_video", kind=Path, panel=SOURCE,
+         help="Edges, poses or depth to follow, of a Fun Control model: a video, or a folder of pictures."),
+    Flag(name="fit", kind=FitName, panel=SOURCE,
+         help="Of a video that is not --num-frames long: trim a longer one, hold a shorter one's last frame."),
+    Flag(name="reference_image", kind=Path, panel=SOURCE,
+         help="What the video shows, of a Fun V1.1 Control model."),
+    Flag(name="camera_control_direction", kind=str, panel=SOURCE,
+         help="Of a Fun Control-Camera model: Left, Right, Up, Down, In, Out, or joined, such as LeftUp."),
+    Flag(name="camera_control_speed", kind=float, panel=SOURCE,
+         help="How far the camera goes from one frame to the next; 1/54 = 0.0185."),
+    Flag(name="motion_bucket_id", kind=float, panel=SOURCE,
+         help="Of the speed-control model: 0 (slow) to 100 (fast)."),
+    Flag(name="vace_video", kind=Path, panel=SOURCE,
+         help="What is known, of a VACE model, grey where something shall be made: a video, or a folder."),
+    Flag(name="vace_video_mask", kind=Path, panel=SOURCE,
+         help="Of --vace-video: white is made anew, black is kept; a video, or a folder of pictures."),
+    Flag(name="vace_reference_image", kind=list[Path], panel=SOURCE, default=(),
+         help="What or who shall appear, of a VACE model; several times for several pictures."),
+    Flag(name="vace_scale", kind=float, panel=SOURCE,
+         help="How strongly the VACE inputs count: 0 to 2; 1 is usual."),
     Flag(name="tiled", kind=bool, panel=TILES, spellings=("--tiled/--no-tiled",),
          help="Code pictures in tiles, which saves memory; default: where the whole does not fit."),
     Flag(name="tile_size", kind=tuple[int, int], panel=TILES, help="Height and width, 8 pixels each; 30 52."),

@@ -23,7 +23,7 @@ from diffsynth.cli.output import (
     write_video,
 )
 from diffsynth.errors import ArgumentError, DiffSynthError, MissingModelError
-from diffsynth.video import VideoData, check_output_path
+from diffsynth.video import VideoData, check_output_path, load_image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,10 +78,16 @@ def run_generate(prompt: str, given: Mapping[str, object]) -> None:
 def _call_arguments(prompt: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """What `pipe()` is called with: only what was given, files opened."""
     names = [flag.name for flag in FLAGS if flag.is_call]
-    arguments = {name: values[name] for name in names if values[name] is not None}
-    if "input_video" in arguments:
-        source: Path = arguments["input_video"]
-        arguments["input_video"] = VideoData(image_folder=source) if source.is_dir() else VideoData(source)
+    arguments = {name: values[name] for name in names if values[name] not in (None, [])}
+    for name in ("input_video", "control_video", "vace_video", "vace_video_mask"):
+        if name in arguments:
+            source: Path = arguments[name]
+            arguments[name] = VideoData(image_folder=source) if source.is_dir() else VideoData(source)
+    for name in ("input_image", "end_image", "reference_image"):
+        if name in arguments:
+            arguments[name] = load_image(arguments[name])
+    if "vace_reference_image" in arguments:
+        arguments["vace_reference_image"] = [load_image(path) for path in arguments["vace_reference_image"]]
     if values["quiet"]:
         arguments["progress_bar_cmd"] = _no_progress
     return {"prompt": prompt, **arguments}

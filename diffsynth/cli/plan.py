@@ -35,9 +35,9 @@ NETWORKS = {  # architecture -> name in a pipeline; DiTs are told apart by their
     "wan_video_camera_adapter": "camera",
     "wan_video_speech_adapter": "speech",
     "wan_video_animate_adapter": "animate",
-    "wan_video_motion_controller": "motion",
+    "wan_video_motion_controller": "speed",
 }
-ADAPTERS = ("vace", "reference", "camera", "speech", "animate", "motion")
+ADAPTERS = ("vace", "reference", "camera", "speech", "animate", "speed")
 IMAGE_TOKENS = 257  # of a picture, from the Wan2.1 image encoder
 
 

@@ -25,7 +25,6 @@ logger = logging.getLogger("diffsynth")
 
 Fit: TypeAlias = Literal["trim", "hold"]
 FITS = ("trim", "hold")
-CHANNELS = (1, 3, 4)
 
 
 def clip_to_tensor(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | None) -> Tensor:
@@ -41,7 +40,7 @@ def clip_to_tensor(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | 
         (1, 3, F, H, W) float32 in [-1, 1].
 
     Raises:
-        ArgumentError: as `fitted_frames`, and for frames of a wrong shape, type or range.
+        ArgumentError: as `fitted_frames`, and for frames of unequal sizes, or a wrong shape, type or range.
     """
     return frames_to_tensor(
         fitted_frames(frames, geometry, name=name, fit=fit), geometry.height, geometry.width
@@ -59,8 +58,7 @@ def fitted_frames(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | N
             repeats the last frame of a shorter one, None refuses both.
 
     Raises:
-        ArgumentError: at once for an unknown ``fit``, an empty video or a length that ``fit`` does not mend;
-            at the frame for one whose size differs from the first.
+        ArgumentError: for an unknown ``fit``, an empty video or a length that ``fit`` does not mend.
     """
     if fit is not None and fit not in FITS:
         raise ArgumentError(f'fit is {fit!r}; give "trim" or "hold", or leave it out.')
@@ -73,32 +71,21 @@ def fitted_frames(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | N
         if fit != mends:
             raise ArgumentError(_wrong_length(name, length, wanted, mends))
         logger.info("%s has %d frames and %d are made: fit=%r.", name, length, wanted, fit)
-    return _of_one_size(counted, wanted, name)
+    return _held(counted, wanted)
 
 
 def _wrong_length(name: str, length: int, wanted: int, mends: str) -> str:
     does = "keeps its first frames" if mends == "trim" else "repeats its last frame"
     usable = (length - 1) // 4 * 4 + 1
     other = f", or num_frames={usable}" if usable == length else ""
-    return (
-        f"{name} has {length} frames and num_frames is {wanted}; give fit={mends!r}, which {does}{other}."
-    )
+    return f"{name} has {length} frames and num_frames is {wanted}; give fit={mends!r}, which {does}{other}."
 
 
-def _of_one_size(frames: Frames, wanted: int, name: str) -> Iterator[Frame]:
-    first: tuple[int, ...] | None = None
+def _held(frames: Frames, wanted: int) -> Iterator[Frame]:
+    """The first ``wanted`` frames; the last one again where there are fewer."""
     frame: Frame | None = None
     count = 0
-    for frame in islice(iterate_frames(frames), wanted):
-        size = _size_of(frame)
-        if first is None:
-            first = size
-        elif size != first:
-            raise ArgumentError(
-                f"frame {count} of {name} is {_told(size)} and frame 0 is {_told(first)}; frames of one video "
-                "have one size."
-            )
-        count += 1
+    for count, frame in enumerate(islice(iterate_frames(frames), wanted), start=1):  # noqa: B007
         yield frame
     if frame is not None:
         yield from repeat(frame, wanted - count)
@@ -118,17 +105,3 @@ def _length_of(frames: Any) -> int:
 
 def _ndim(frames: object) -> int:
     return int(getattr(frames, "ndim", 0))  # of arrays and tensors; a VideoData has a method ``shape``
-
-
-def _size_of(frame: Any) -> tuple[int, ...]:
-    """Height and width of a picture: PIL, or an array with its channels first or last."""
-    if hasattr(frame, "getbands"):
-        return frame.height, frame.width
-    shape = tuple(getattr(frame, "shape", ()))
-    if len(shape) == 3:
-        return shape[1:] if shape[0] in CHANNELS and shape[2] not in CHANNELS else shape[:2]
-    return shape
-
-
-def _told(size: tuple[int, ...]) -> str:
-    return f"{size[1]}x{size[0]}" if len(size) == 2 else f"of shape {size}"

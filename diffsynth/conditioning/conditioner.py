@@ -6,7 +6,7 @@ Each declares the arguments of ``pipe()`` that it reads (`Inputs`) and the one m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -49,6 +49,17 @@ class TextEncoderLike(Protocol):
     def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor: ...
 
 
+class ImageEncoderLike(Protocol):
+    """Pictures, each (1, 3, H, W) in [-1, 1], of any size -> features (pictures, tokens, D)."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of one picture."""
+        ...
+
+    def __call__(self, pictures: Sequence[Tensor]) -> Tensor: ...
+
+
 class VAELike(Protocol):
     """Video (B, 3, F, H, W) in [-1, 1] -> latents (B, C, F, H, W)."""
 
@@ -78,6 +89,16 @@ class Components(Protocol):
         ...
 
     @property
+    def image_dim(self) -> int | None:
+        """Width of the features that the DiT reads of an image encoder; None: it reads none."""
+        ...
+
+    @property
+    def has_image_positions(self) -> bool:
+        """Whether image tokens have learned positions: those of a first and a last frame."""
+        ...
+
+    @property
     def adapters(self) -> frozenset[str]:
         """Names of the adapters beside the DiT."""
         ...
@@ -86,6 +107,8 @@ class Components(Protocol):
     def text_encoder(self) -> TextEncoderLike | None: ...
     @property
     def tokenizer(self) -> Tokenizer | None: ...
+    @property
+    def image_encoder(self) -> ImageEncoderLike | None: ...
     @property
     def vae(self) -> VAELike | None: ...
 

@@ -23,6 +23,7 @@ class VideoInputs:
     """A video to start from."""
 
     input_video: Sequence[Frame] | None = None  # frames, a VideoData, or floats in [0, 1] (F, 3, H, W)
+    sigmas: object = None
     denoising_strength: float = 1.0  # share of noise laid over it: 0.7 keeps the layout, 1 ignores the video
     tile_size: tuple[int, int] | None = None
     tile_stride: tuple[int, int] | None = None
@@ -42,7 +43,7 @@ class VideoConditioner:
                     "give input_video=, or leave denoising_strength at 1."
                 )
             return False
-        if inputs.denoising_strength == 1.0:
+        if inputs.denoising_strength == 1.0 and inputs.sigmas is None:
             logger.warning(
                 "denoising_strength is 1: nothing of input_video is kept; 0.7 keeps its layout, 0.3 its look."
             )

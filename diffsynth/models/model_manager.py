@@ -20,6 +20,8 @@ from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.detect import detect
 from diffsynth.checkpoints.files import PathLike
 from diffsynth.errors import ArgumentError, UnknownCheckpointError
+from diffsynth.lora.matching import LoRAReport
+from diffsynth.models.loras import LoRAs, Mode, Weight
 from diffsynth.models.registry import ARCHITECTURES
 from diffsynth.ops.fp8 import FP8, dtype_name
 from diffsynth.ops.fp8_policy import fp8_summary
@@ -79,6 +81,7 @@ class ModelManager:
         self.torch_dtype = torch.bfloat16 if self.storage_dtype == FP8 else self.storage_dtype
         self.device = _resolved_device(device)
         self.loaded: list[LoadedModel] = []
+        self.loras = LoRAs(self.loaded)
         if model_id_list:
             from diffsynth.models.download import download_models
 
@@ -191,6 +194,43 @@ class ModelManager:
             )
         first = found[0]
         return (first.model, _plain_paths(first.paths)) if require_model_path else first.model
+
+    def load_lora(
+        self,
+        file_path: PathLike | Sequence[PathLike],
+        lora_alpha: float = 1.0,
+        name: str | None = None,
+        mode: Mode = "fuse",
+        network: str | None = None,
+    ) -> list[LoRAReport]:
+        """Use a LoRA, of any dialect, on the loaded networks; the log says what fitted and what did not.
+
+        Args:
+            file_path: one file, or a list of files that all have the same strength.
+            lora_alpha: strength; 1 is as trained. The file's own alpha / rank is applied besides.
+            name: for the other methods; None: the file's name without its ending.
+            mode: "fuse" changes the weights; "attach" keeps factors beside them, at full precision also
+                beside fp8, and lets the strength follow a schedule.
+            network: "high" or "low" for one of two experts, or the name of a network, as in `fetch_model`;
+                None: told by the file's name, else all that it fits.
+
+        Raises:
+            LoRAError: when nothing fits, for a DiT of another size, or a file that is no LoRA.
+            ArgumentError: for a name that is taken, or a strength that is no number.
+        """
+        return self.loras.load(file_path, lora_alpha, name, mode, network)
+
+    def set_lora(self, name: str, weight: Weight) -> None:
+        """Change a LoRA's strength: a number, or, for an attached one, a list with one for each step."""
+        self.loras.set(name, weight)
+
+    def disable_lora(self, name: str | None = None) -> None:
+        """Let a LoRA (None: every one) change nothing until `set_lora`."""
+        self.loras.disable(name)
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take a LoRA (None: every one) away; the networks' weights are what they were, bit by bit."""
+        self.loras.unload(name)
 
     def to(self, device: Device) -> None:
         """Move every network to ``device``."""

@@ -75,29 +75,26 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         name="wan_video_vace",  # Wan2.1-VACE-1.3B, -14B, VACE-Fun-A14B
         title="VACE adapter",
-        module=None,
+        module="diffsynth.models.wan.adapters.vace:VaceAdapter",
         marks=("vace_patch_embedding.weight", "vace_blocks.0.before_proj.weight"),
         owns=r"vace_patch_embedding\.|vace_blocks\.\d+\.",
         config=dit_sizes.vace_config,
-        planned_in=LATER,
     ),
     Architecture(
         name="wan_video_reference_adapter",  # Fun-V1.1-Control, Fun-A14B-Control, Fun-5B-Control
         title="reference image adapter of Fun Control",
-        module=None,
+        module="diffsynth.models.wan.adapters.reference:ReferenceAdapter",
         marks=("ref_conv.weight",),
         owns=r"ref_conv\.",
         config=dit_sizes.reference_config,
-        planned_in=LATER,
     ),
     Architecture(
         name="wan_video_camera_adapter",  # Fun-V1.1-Control-Camera, Fun-A14B- and Fun-5B-Control-Camera
         title="camera adapter of Fun Control-Camera",
-        module=None,
+        module="diffsynth.models.wan.adapters.camera:CameraAdapter",
         marks=("control_adapter.conv.weight",),
         owns=r"control_adapter\.",
         config=dit_sizes.camera_config,
-        planned_in=LATER,
     ),
     Architecture(
         name="wan_video_speech_adapter",  # Wan2.2-S2V-14B
@@ -120,12 +117,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         name="wan_video_motion_controller",  # Wan2.1-1.3b-speedcontrol-v1
         title="speed adapter",
-        module=None,
+        module="diffsynth.models.wan.adapters.speed:SpeedAdapter",
         marks=("linear.0.weight", "linear.2.weight", "linear.4.weight"),
         owns=r"linear\.",
         config=dit_sizes.motion_config,
         fits=dit_sizes.is_motion_controller,
-        planned_in=LATER,
     ),
     Architecture(
         name="wan_video_vae",  # Wan2.1_VAE: every 2.1 model, A14B, S2V, Animate
@@ -170,7 +166,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         name="wan_video_image_encoder",  # models_clip_open-clip-xlm-roberta-large-vit-huge-14
         title="Wan2.1 CLIP image encoder",
-        module=None,
+        module="diffsynth.models.wan.image_encoder:WanImageEncoder",
         marks=(
             "visual.cls_embedding",
             "visual.patch_embedding.weight",
@@ -178,7 +174,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         ),
         owns=r"visual\.|textual\.|log_scale",
         config=coder_sizes.image_encoder_config,
-        planned_in=LATER,
     ),
     Architecture(
         name="wan_video_audio_encoder",  # wav2vec2-large-xlsr-53-english, of S2V

@@ -14,6 +14,7 @@ from diffsynth.denoising.expert import Expert
 from diffsynth.errors import AmbiguousModelError, ConfigurationError, TokenizerNotFoundError
 from diffsynth.models.model_manager import LoadedModel, ModelManager
 from diffsynth.models.wan.dit import WanDiT
+from diffsynth.models.wan.image_encoder import WanImageEncoder
 from diffsynth.models.wan.text_encoder import WanTextEncoder
 from diffsynth.models.wan.vae import WanVideoVAE
 from diffsynth.pipelines.adapters import with_adapters
@@ -38,7 +39,7 @@ class PipelineComponents:
     low: Expert | None = None
     text_encoder: WanTextEncoder | None = None
     tokenizer: Tokenizer | None = None
-    image_encoder: torch.nn.Module | None = None
+    image_encoder: WanImageEncoder | None = None
     vae: WanVideoVAE | None = None
     boundary: float = BOUNDARY_T2V
     family: str = "t2v"
@@ -57,6 +58,16 @@ class PipelineComponents:
     def has_image_branch(self) -> bool:
         """Whether the DiT reads tokens of an image encoder."""
         return self.high is not None and self.high.dit.config.image_dim is not None
+
+    @property
+    def image_dim(self) -> int | None:
+        """Width of the features that the DiT reads of an image encoder; None: it reads none."""
+        return None if self.high is None else self.high.dit.config.image_dim
+
+    @property
+    def has_image_positions(self) -> bool:
+        """Whether image tokens have learned positions: those of a first and a last frame."""
+        return self.high is not None and self.high.dit.config.image_tokens_pos is not None
 
     @property
     def adapters(self) -> frozenset[str]:
@@ -197,6 +208,12 @@ def _check_sizes(parts: PipelineComponents) -> None:
             f"The text encoder ({parts.sources['text_encoder']}) gives features "
             f"{parts.text_encoder.config.dim} wide and the DiT ({parts.sources['dit']}) reads "
             f"{config.text_dim}; load the text encoder that belongs to this DiT."
+        )
+    if parts.image_encoder is not None and config.image_dim not in (None, parts.image_encoder.config.dim):
+        raise ConfigurationError(
+            f"The image encoder ({parts.sources['image_encoder']}) gives features "
+            f"{parts.image_encoder.config.dim} wide and the DiT ({parts.sources['dit']}) reads "
+            f"{config.image_dim}; load the image encoder that belongs to this DiT."
         )
     if parts.vae is not None and parts.vae.config.z_dim != config.out_dim:
         raise ConfigurationError(

@@ -100,9 +100,11 @@ def plan_call(parts: PipelineComponents, limits: MemoryLimits, sizes: CallSizes)
         MemoryBudgetError: when it does not fit; says the minimum and what lowers it.
         ArgumentError: when more parameters are to stay than there are.
     """
+    config = None if parts.high is None else parts.high.dit.config
     return plan_memory(
         pipeline_layers(parts),
-        dit=None if parts.high is None else DiTSizes.from_config(asdict(parts.high.dit.config)),
+        dit=None if config is None else DiTSizes.from_config(asdict(config)),
+        image_tokens=0 if config is None or config.image_dim is None else config.image_tokens_pos or 257,
         height=sizes.height,
         width=sizes.width,
         num_frames=sizes.num_frames,

@@ -27,33 +27,56 @@ def prepared_sampler(request: VideoRequest) -> Sampler:
     return sampler
 
 
-def draw_noise(request: VideoRequest) -> tuple[Tensor, int | None]:
-    """Noise (B, C, F, H, W) float32 and the seed it came from (None when the caller gave the noise)."""
-    options, shape = request.options, request.geometry.latent_shape
+def chosen_seed(request: VideoRequest) -> int | None:
+    """The seed of a request, drawn if it gives none; None when the caller gives the noise itself.
+
+    Raises:
+        ArgumentError: when both are given, or noise cannot be drawn where it is asked for.
+    """
+    options = request.options
     if options.latents is not None:
         if options.seed is not None:
             raise ArgumentError(
                 "seed and latents are both given; latents are the noise that a seed would draw."
             )
+        return None
+    _generator(options.rand_device)
+    if options.seed is not None:
+        return int(options.seed)
+    seed = int(torch.randint(0, 2**31 - 1, ()))
+    logger.info("seed=%d was drawn.", seed)
+    return seed
+
+
+def draw_noise(request: VideoRequest, seed: int | None, extra_frames: int = 0) -> Tensor:
+    """Noise (B, C, extra_frames + F, H, W) float32; sample i from ``seed`` + i.
+
+    Raises:
+        ArgumentError: when the caller's noise has another shape.
+    """
+    options = request.options
+    num_videos, channels, num_frames, height, width = request.geometry.latent_shape
+    shape = (num_videos, channels, extra_frames + num_frames, height, width)
+    if options.latents is not None:
         if tuple(options.latents.shape) != shape:
             raise ArgumentError(
                 f"latents have shape {tuple(options.latents.shape)}; this request needs {shape}."
             )
-        return options.latents.float(), None
-    seed = options.seed
-    if seed is None:
-        seed = int(torch.randint(0, 2**31 - 1, ()))
-        logger.info("seed=%d was drawn.", seed)
-    rows = []
-    try:
-        generator = torch.Generator(options.rand_device)
-    except RuntimeError as error:
-        raise ArgumentError(
-            f"rand_device is {options.rand_device!r}; give 'cpu', or 'cuda' where there is a GPU."
-        ) from error
-    for index in range(shape[0]):
+        return options.latents.float()
+    assert seed is not None
+    generator, rows = _generator(options.rand_device), []
+    for index in range(num_videos):
         # float32 on the CPU whatever the device, unless asked otherwise: one seed, one video, on every
         # machine.
         generator.manual_seed(seed + index)
         rows.append(torch.randn((1, *shape[1:]), generator=generator, device=options.rand_device))
-    return torch.cat(rows), seed
+    return torch.cat(rows)
+
+
+def _generator(device: str) -> torch.Generator:
+    try:
+        return torch.Generator(device)
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"rand_device is {device!r}; give 'cpu', or 'cuda' where there is a GPU."
+        ) from error

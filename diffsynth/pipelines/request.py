@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffsynth.conditioning.conditioner import Geometry, read_inputs
+from diffsynth.conditioning.image import size_within
 from diffsynth.conditioning.registry import CONDITIONERS
 from diffsynth.conditioning.text import TextInputs
 from diffsynth.denoising.loop import ProgressBar
@@ -22,8 +23,10 @@ from diffsynth.errors import ArgumentError, UnknownArgumentError, UnusedInputErr
 from diffsynth.models.wan.dit import StepCache
 from diffsynth.pipelines.components import PipelineComponents
 from diffsynth.pipelines.decoding import Tiling
+from diffsynth.pipelines.presets import preset_values
 from diffsynth.pipelines.saved_latents import check_latents_path
 from diffsynth.sampling.registry import SAMPLERS
+from diffsynth.video import picture_size
 
 logger = logging.getLogger("diffsynth")
 
@@ -39,6 +42,7 @@ class CallOptions:
     height: int | None = None  # pixels, multiples of 16
     width: int | None = None
     num_frames: int | None = None  # 4 k + 1
+    preset: str | None = None  # settings of a step-distilled model or LoRA, see `PRESETS`
     seed: int | None = None  # None draws one and logs it; sample i of a batch uses seed + i
     rand_device: str = "cpu"  # where noise is drawn: "cpu" gives the same video on every machine
     num_inference_steps: int | None = None
@@ -75,20 +79,13 @@ V1_DEFAULTS: dict[str, object] = {
 OFFICIAL_DEFAULTS: dict[tuple[str, bool], dict[str, object]] = {
     ("t2v", True): {"height": 720, "width": 1280, "num_inference_steps": 40, "cfg_scale": 4.0,
                     "cfg_scale_low_noise": 3.0, "sigma_shift": 12.0, "sampler": "unipc"},
+    ("i2v", True): {"height": 720, "width": 1280, "num_inference_steps": 40, "cfg_scale": 3.5,
+                    "sigma_shift": 5.0, "sampler": "unipc"},
 }  # fmt: skip
 
 # Arguments that v1 scripts carry and what would read them: their harmless values pass, others say what is
 # missing.
 UNREAD: dict[str, tuple[tuple[object, ...], str]] = {
-    "input_image": ((None,), "an image-to-video model"),
-    "end_image": ((None,), "a first-last-frame or InP model"),
-    "control_video": ((None,), "a Fun-Control model"),
-    "reference_image": ((None,), "a Fun V1.1 Control model"),
-    "vace_video": ((None,), "a VACE model"),
-    "vace_video_mask": ((None,), "a VACE model"),
-    "vace_reference_image": ((None,), "a VACE model"),
-    "vace_scale": ((None, 1.0), "a VACE model"),
-    "motion_bucket_id": ((None,), "the speed-control model"),
     "tea_cache_l1_thresh": (
         (None,),
         "a step cache by name, which this version lacks; step_cache= takes an object",
@@ -150,7 +147,9 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
     resolved = {k: v for k, v in usual_values(parts).items() if k in known_arguments()}
     if given.get("cfg_scale") is not None:
         resolved.pop("cfg_scale_low_noise", None)  # the caller's scale is meant for both experts
+    resolved.update(preset_values(given))
     resolved.update({k: v for k, v in given.items() if v is not None})
+    resolved.update(_sizes_of_picture(given, parts))
     options = _tiling(read_inputs(CallOptions, resolved), precision)
     _check_options(options, resolved)
     resolved.update(tile_size=options.tile_size if options.tiled else None,
@@ -250,12 +249,31 @@ def _tiling(options: CallOptions, precision: str) -> CallOptions:
     return replace(options, tiled=tiled, tile_size=tiling.size, tile_stride=tiling.stride)
 
 
-def _geometry(options: CallOptions, parts: PipelineComponents, num_videos: int) -> Geometry:
+def _multiples(parts: PipelineComponents) -> tuple[int, int]:
+    """What height and width in pixels are multiples of."""
     stride = 8 if parts.vae is None else parts.vae.spatial_stride
     patch = (1, 2, 2) if parts.high is None else parts.high.dit.config.patch_size
+    return stride * patch[1], stride * patch[2]
+
+
+def _sizes_of_picture(given: Mapping[str, object], parts: PipelineComponents) -> dict[str, object]:
+    """Height and width where ``max_area=`` leaves them to the proportions of ``input_image=``."""
+    image: Any = given.get("input_image")
+    max_area: Any = given.get("max_area")
+    if max_area is None or image is None:  # without a picture the conditioner says what is wrong
+        return {}
+    if replaced := [name for name in ("height", "width") if given.get(name) is not None]:
+        raise ArgumentError(f"max_area= replaces {' and '.join(replaced)}; give one or the other.")
+    height, width = size_within(picture_size(image), max_area, _multiples(parts))
+    return {"height": height, "width": width}
+
+
+def _geometry(options: CallOptions, parts: PipelineComponents, num_videos: int) -> Geometry:
+    stride = 8 if parts.vae is None else parts.vae.spatial_stride
+    multiples = _multiples(parts)
     channels = 16 if parts.high is None else parts.high.dit.config.out_dim
-    height = _snapped("height", options.height, stride * patch[1], options.strict)
-    width = _snapped("width", options.width, stride * patch[2], options.strict)
+    height = _snapped("height", options.height, multiples[0], options.strict)
+    width = _snapped("width", options.width, multiples[1], options.strict)
     num_frames = _snapped_frames(options.num_frames, options.strict)
     return Geometry(
         num_videos=num_videos, num_frames=num_frames, height=height, width=width, latent_channels=channels,

@@ -25,7 +25,7 @@ from diffsynth.pipelines.decoding import Tiling, VideoDecoder
 from diffsynth.pipelines.describe import describe, describe_memory
 from diffsynth.pipelines.kernels import choose_kernels
 from diffsynth.pipelines.memory import MemoryLimits, MemoryManager
-from diffsynth.pipelines.noise import draw_noise, prepared_sampler
+from diffsynth.pipelines.noise import chosen_seed, draw_noise, prepared_sampler
 from diffsynth.pipelines.request import CallOptions, VideoRequest, call_signature, read_request
 from diffsynth.pipelines.saved_latents import latents_kept, provenance, save_latents
 from diffsynth.sampling.sampler import Sampler
@@ -145,6 +145,11 @@ class WanVideoPipeline:
     def text_encoder(self) -> nn.Module | None:
         """The text encoder."""
         return self.parts.text_encoder
+
+    @property
+    def image_encoder(self) -> nn.Module | None:
+        """The CLIP image encoder."""
+        return self.parts.image_encoder
 
     @property
     def device(self) -> torch.device:
@@ -302,10 +307,11 @@ class WanVideoPipeline:
         if self.parts.vae is None and request.options.output_type != "latent":
             raise MissingModelError("No VAE is loaded; load Wan2.1_VAE.pth, or ask for output_type='latent'.")
         sampler = prepared_sampler(request)
-        noise, seed = draw_noise(request)
+        seed = chosen_seed(request)
         self.last_settings = {**request.settings, **({} if seed is None else {"seed": seed})}
         self._memory.prepare(request)
         conditions = self._encode(request)
+        noise = draw_noise(request, seed, conditions.latents.extra_frames)
         return self._decode(request, self._denoise(request, conditions, sampler, noise))
 
     def _encode(self, request: VideoRequest) -> Merged:

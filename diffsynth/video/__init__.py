@@ -4,9 +4,9 @@
 `tensor_to_frames` stand between pictures and networks. Nothing here imports torch or av before it is used.
 """
 
-from diffsynth.video.images import save_frames, save_image
+from diffsynth.video.images import load_image, save_frames, save_image
 from diffsynth.video.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, check_output_path
-from diffsynth.video.pixels import Frame, frames_to_tensor, tensor_to_frames, to_pil
+from diffsynth.video.pixels import Frame, Resize, frames_to_tensor, picture_size, tensor_to_frames, to_pil
 from diffsynth.video.reading import VideoData
 from diffsynth.video.settings import read_metadata
 from diffsynth.video.writing import VideoWriter, save_video
@@ -15,10 +15,13 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "VIDEO_SUFFIXES",
     "Frame",
+    "Resize",
     "VideoData",
     "VideoWriter",
     "check_output_path",
     "frames_to_tensor",
+    "load_image",
+    "picture_size",
     "read_metadata",
     "save_frames",
     "save_image",

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from diffsynth.errors import ArgumentError, OutputPathError
+from diffsynth.errors import ArgumentError, MediaNotFoundError, MediaReadError, OutputPathError
 from diffsynth.video.paths import IMAGE_SUFFIXES, check_output_path, replacing
 from diffsynth.video.pixels import Frame, Frames, as_rgb8, iterate_frames
+from diffsynth.video.plain import plain_picture
 from diffsynth.video.settings import TAG, pack
+
+logger = logging.getLogger("diffsynth")
 
 _JPEG_COMMENT_BYTES = 65533  # a JPEG segment counts its bytes, and its count, in 16 bits
 
@@ -52,6 +56,25 @@ def save_image(
             )
     with replacing(target) as temporary:
         picture.save(temporary, **options)
+
+
+def load_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Read one picture (RGB), upright; what else had to be changed stands in the log.
+
+    Raises:
+        MediaNotFoundError: when there is no such file.
+        MediaReadError: when it is no picture.
+    """
+    if not Path(path).is_file():
+        raise MediaNotFoundError(f"{path} does not exist; give the path of a picture.")
+    try:
+        with Image.open(path) as image:
+            pixels, changes = plain_picture(image)
+    except (UnidentifiedImageError, OSError) as error:
+        raise MediaReadError(f"{path} cannot be read as a picture: {error}.") from error
+    if changes:
+        logger.info("pictures were %s: %s", "; ".join(changes), path)
+    return Image.fromarray(pixels)
 
 
 def save_frames(frames: Frames, save_path: str | os.PathLike[str]) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffsynth.errors import ArgumentError, NotFiniteError
+from diffsynth.video.plain import ON_WHITE, ORIENTATION, SIXTEEN_BITS, over_white, plain_picture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,16 @@ Array: TypeAlias = NDArray[Any]
 Frame: TypeAlias = Union[Image.Image, Array, "Tensor"]
 Frames: TypeAlias = Union[Iterable[Frame], Array, "Tensor", "VideoData"]
 
+Resize: TypeAlias = Literal["cover", "stretch", "contain"]
+
+RESIZES = ("cover", "stretch", "contain")
 _CHANNELS = (1, 3, 4)
+_HOW = {
+    "cover": "cropped in the middle and resized",
+    "stretch": "stretched",
+    "contain": "resized and set between black bars",
+}
+_TURNS_SIDES = (5, 6, 7, 8)  # values of EXIF's orientation that exchange height and width
 
 
 def iterate_frames(frames: Frames | Frame) -> Iterator[Frame]:
@@ -57,56 +67,89 @@ def iterate_frames(frames: Frames | Frame) -> Iterator[Frame]:
         raise ArgumentError(f"frames is {frames!r}; give pictures, or a tensor of them.")
 
 
-def as_rgb8(frame: Frame, index: int = 0) -> NDArray[np.uint8]:
+def as_rgb8(frame: Frame, index: int = 0, notes: set[str] | None = None) -> NDArray[np.uint8]:
     """Return a picture as uint8 (H, W, 3); real numbers in [0, 1] are rounded to the nearest level.
 
     Args:
-        frame: a PIL picture, uint8 (H, W[, 1 | 3 | 4]), or real (1 | 3, H, W) or (H, W, 3) in [0, 1].
+        frame: a PIL picture of any mode, uint8 or uint16 (H, W[, 1 | 3 | 4]), or real (1 | 3 | 4, H, W) or
+            (H, W, 3 | 4) in [0, 1]. Transparent parts lie over white.
         index: its number, for the error text.
+        notes: gets what had to be changed, in words.
 
     Raises:
         ArgumentError: when the shape, the type or the range is none of these.
     """
-    if isinstance(frame, Image.Image):
-        return np.asarray(frame.convert("RGB"))
-    array = _plain_array(frame, index)
+    notes = set() if notes is None else notes
+    if isinstance(frame, Image.Image) and frame.mode != "F":
+        pixels, changes = plain_picture(frame)
+        notes.update(changes)
+        return pixels
+    array = _plain_array(np.asarray(frame) if isinstance(frame, Image.Image) else frame, index)
     if array.dtype == np.uint8:
-        return np.ascontiguousarray(_channels_last(array, index))
-    return np.rint(_channels_last(_in_unit_range(array, index), index) * 255.0).astype(np.uint8)
+        return np.ascontiguousarray(_channels_last(array, index, notes))
+    return np.rint(_channels_last(_in_unit_range(array, index), index, notes) * 255.0).astype(np.uint8)
 
 
-def frames_to_tensor(frames: Frames | Frame, height: int, width: int) -> Tensor:
+def picture_size(frame: Frame) -> tuple[int, int]:
+    """Height and width of a picture in pixels, upright.
+
+    Raises:
+        ArgumentError: when it is no picture.
+    """
+    if isinstance(frame, Image.Image):
+        is_turned = frame.getexif().get(ORIENTATION) in _TURNS_SIDES
+        return (frame.width, frame.height) if is_turned else (frame.height, frame.width)
+    array = _channels_last(_plain_array(frame, 0), 0)
+    return array.shape[0], array.shape[1]
+
+
+def frames_to_tensor(
+    frames: Frames | Frame, height: int, width: int, resize: Resize = "cover", *, log: bool = True
+) -> Tensor:
     """Return pictures as the tensor that networks ask for.
 
-    Frames of another size are cropped in the middle to the asked shape, then resized (bicubic), as VideoData
-    does, and the log says so. Real-valued frames keep their precision and device.
+    Frames of another size are brought to the asked one (bicubic), as VideoData does, and the log says so, as
+    it says what else had to be changed: EXIF turns, transparency (over white), grey, CMYK, 16 bits.
+    Real-valued frames keep their precision and device.
 
     Args:
-        frames: a VideoData, one picture, an iterable of pictures, or one tensor or array (F, C, H, W);
-            8-bit pictures, or real numbers in [0, 1]. Grey ones get three equal channels.
+        frames: a VideoData, one picture, an iterable of pictures of one size, or one tensor or array
+            (F, C, H, W); 8-bit pictures, or real numbers in [0, 1]. Grey ones get three equal channels.
         height: in pixels.
         width: in pixels.
+        resize: "cover" crops in the middle to the asked shape first, "stretch" gives up the proportions,
+            "contain" shows the whole picture between black bars.
+        log: say it; False where the same pictures are read a second time.
 
     Returns:
         (1, 3, F, height, width) float32 in [-1, 1].
 
     Raises:
-        ArgumentError: when there is no frame, or a frame has a wrong shape, type or range.
+        ArgumentError: when there is no frame, frames are of unequal sizes, a frame has a wrong shape, type or
+            range, or ``resize`` is unknown.
     """
     import torch
 
+    if resize not in RESIZES:
+        raise ArgumentError(f"resize is {resize!r}; known: {', '.join(RESIZES)}.")
     planes: list[Tensor] = []
-    sizes: set[tuple[int, int]] = set()
+    notes: set[str] = set()
+    first: tuple[int, int] | None = None
     for index, frame in enumerate(iterate_frames(frames)):
-        plane, size = _normalised(frame, index, height, width)
+        plane, size = _normalised(frame, index, (height, width), resize, notes)
         planes.append(plane)
-        sizes.add(size)
-    if not planes:
+        first = first or size
+        if size != first:
+            raise ArgumentError(
+                f"frame {index} is {size[1]}x{size[0]} and frame 0 {first[1]}x{first[0]}; give frames of one "
+                "size (VideoData(..., height=, width=) crops and resizes each)."
+            )
+    if first is None:
         raise ArgumentError("frames is empty; give one frame or more.")
-    sizes.discard((height, width))
-    if sizes:
-        listed = ", ".join(f"{w}x{h}" for h, w in sorted(sizes))
-        logger.info("frames of %s were cropped in the middle and resized to %dx%d", listed, width, height)
+    if log and notes:
+        logger.info("pictures were %s", "; ".join(sorted(notes)))
+    if log and first != (height, width):
+        logger.info("frames of %dx%d were %s to %dx%d", first[1], first[0], _HOW[resize], width, height)
     return torch.stack(planes, dim=1)[None]
 
 
@@ -176,6 +219,23 @@ def crop_box(size: tuple[int, int], height: int, width: int) -> tuple[int, int, 
     return 0, top, full_width, top + cut
 
 
+def fit_box(size: tuple[int, int], height: int, width: int) -> tuple[int, int, int, int]:
+    """Return where a whole picture stands in the middle of ``width`` x ``height`` pixels.
+
+    Args:
+        size: height and width of the picture.
+        height: of the place.
+        width: of the place.
+
+    Returns:
+        left, top, right, bottom in pixels of the place.
+    """
+    scale = min(height / size[0], width / size[1])
+    tall, wide = (max(1, min(n, round(own * scale))) for n, own in zip((height, width), size, strict=True))
+    left, top = (width - wide) // 2, (height - tall) // 2
+    return left, top, left + wide, top + tall
+
+
 def cover(image: Image.Image, height: int, width: int) -> Image.Image:
     """Return ``image`` cropped in the middle and resized (bicubic) to ``width`` x ``height`` pixels."""
     if image.size == (width, height):
@@ -183,26 +243,56 @@ def cover(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.crop(crop_box((image.height, image.width), height, width)).resize((width, height))
 
 
-def _normalised(frame: Frame, index: int, height: int, width: int) -> tuple[Tensor, tuple[int, int]]:
+def resized(image: Image.Image, height: int, width: int, resize: Resize) -> Image.Image:
+    """Return ``image`` in ``width`` x ``height`` pixels (bicubic); see `frames_to_tensor`."""
+    if resize == "cover" or image.size == (width, height):
+        return cover(image, height, width)
+    if resize == "stretch":
+        return image.resize((width, height))
+    left, top, right, bottom = fit_box((image.height, image.width), height, width)
+    place = Image.new("RGB", (width, height))
+    place.paste(image.resize((right - left, bottom - top)), (left, top))
+    return place
+
+
+def _normalised(
+    frame: Frame, index: int, size: tuple[int, int], resize: Resize, notes: set[str]
+) -> tuple[Tensor, tuple[int, int]]:
     """One frame as (3, height, width) float32 in [-1, 1], and the size it had."""
     import torch
 
-    is_real = not isinstance(frame, Image.Image) and _dtype_name(frame) != "uint8"
-    if not is_real:
-        image = Image.fromarray(as_rgb8(frame, index))
-        levels = torch.from_numpy(np.array(cover(image, height, width))).permute(2, 0, 1).contiguous()
+    if isinstance(frame, Image.Image) or _dtype_name(frame) == "uint8":
+        image = Image.fromarray(as_rgb8(frame, index, notes))
+        levels = torch.from_numpy(np.array(resized(image, *size, resize))).permute(2, 0, 1).contiguous()
         return levels.to(torch.float32).div_(127.5).sub_(1.0), (image.height, image.width)
     device = frame.device if isinstance(frame, torch.Tensor) else "cpu"
-    unit = _channels_last(_in_unit_range(_plain_array(frame, index), index), index)
+    unit = _channels_last(_in_unit_range(_plain_array(frame, index), index), index, notes)
     plane = torch.from_numpy(np.ascontiguousarray(unit)).to(device).permute(2, 0, 1)
-    size = (plane.shape[1], plane.shape[2])
-    if size != (height, width):
-        left, top, right, bottom = crop_box(size, height, width)
-        part = plane[None, :, top:bottom, left:right]
-        plane = torch.nn.functional.interpolate(
-            part, size=(height, width), mode="bicubic", antialias=True, align_corners=False
-        )[0].clamp(0.0, 1.0)  # bicubic overshoots at edges
-    return plane * 2.0 - 1.0, size
+    own = (plane.shape[1], plane.shape[2])
+    return (plane if own == size else _resized_plane(plane, size, resize)) * 2.0 - 1.0, own
+
+
+def _resized_plane(plane: Tensor, size: tuple[int, int], resize: Resize) -> Tensor:
+    """(3, H, W) in [0, 1] -> (3, *size) in [0, 1]."""
+    import torch
+
+    own, asked = (plane.shape[1], plane.shape[2]), size
+    left, top, right, bottom = crop_box(own, *size) if resize == "cover" else (0, 0, own[1], own[0])
+    place = fit_box(own, *size)
+    if resize == "contain":
+        asked = (place[3] - place[1], place[2] - place[0])
+    scaled = torch.nn.functional.interpolate(
+        plane[None, :, top:bottom, left:right],
+        size=asked,
+        mode="bicubic",
+        antialias=True,
+        align_corners=False,
+    )[0].clamp(0.0, 1.0)  # bicubic overshoots at edges
+    if resize != "contain":
+        return scaled
+    barred = scaled.new_zeros(3, *size)
+    barred[:, place[1] : place[3], place[0] : place[2]] = scaled
+    return barred
 
 
 def _is_tensor(value: object) -> bool:
@@ -215,13 +305,15 @@ def _dtype_name(frame: object) -> str:
 
 
 def _plain_array(frame: object, index: int) -> Array:
-    """The values of an array or tensor on the CPU: uint8 stays, bool and reals become float32."""
+    """Values of an array or tensor on the CPU: uint8 stays, bool, uint16 and reals become float32."""
     if _is_tensor(frame):
         tensor: Any = frame
         tensor = tensor.detach().cpu()
         frame = tensor.numpy() if _dtype_name(frame) == "uint8" else tensor.float().numpy()
     elif isinstance(frame, np.ndarray) and frame.dtype.kind in "fb":
         frame = frame.astype(np.float32, copy=False)
+    elif isinstance(frame, np.ndarray) and frame.dtype == np.uint16:
+        frame = frame.astype(np.float32) / np.float32(SIXTEEN_BITS)
     if isinstance(frame, list | tuple):
         raise ArgumentError(f"frame {index} is a list; give one video at a time: videos[0] is the first.")
     if not isinstance(frame, np.ndarray) or frame.dtype not in (np.uint8, np.float32):
@@ -243,8 +335,8 @@ def _in_unit_range(array: Array, index: int) -> Array:
     return np.clip(array, 0.0, 1.0) if low < 0.0 or high > 1.0 else array
 
 
-def _channels_last(array: Array, index: int) -> Array:
-    """(H, W, 3), from (H, W), (H, W, 1 | 3 | 4) or (1 | 3 | 4, H, W); alpha is dropped, grey is repeated."""
+def _channels_last(array: Array, index: int, notes: set[str] | None = None) -> Array:
+    """(H, W, 3), from (H, W), (H, W, 1 | 3 | 4) or (1 | 3 | 4, H, W): over white, grey repeated."""
     if array.ndim == 2:
         array = array[:, :, None]
     is_last = array.ndim == 3 and array.shape[2] in _CHANNELS
@@ -257,4 +349,8 @@ def _channels_last(array: Array, index: int) -> Array:
         )
     if 0 in array.shape:
         raise ArgumentError(f"frame {index} has the shape {array.shape}; it holds no pixel.")
-    return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[:, :, :3]
+    if array.shape[2] == 4:
+        if notes is not None:
+            notes.add(ON_WHITE)
+        return over_white(array)
+    return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
 import re
@@ -17,9 +18,12 @@ from diffsynth.errors import ArgumentError, MediaNotFoundError, MediaReadError, 
 from diffsynth.video.encoding import scaling
 from diffsynth.video.images import save_frames
 from diffsynth.video.pixels import cover
+from diffsynth.video.plain import plain_picture
 
 if TYPE_CHECKING:
     from av import VideoFrame
+
+logger = logging.getLogger("diffsynth")
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -158,6 +162,7 @@ class ImageFolder:
             found = (entry.name for entry in root.iterdir() if entry.suffix.lower() in PICTURE_SUFFIXES)
             names = sorted((name for name in found if not name.startswith(".")), key=natural_key)
         self.files = [root / name for name in names]
+        self._said: set[str] = set()  # what the log was told of them
         missing = [str(file) for file in self.files if not file.is_file()]
         if missing or not self.files:
             what = f"lacks {', '.join(missing[:3])}" if missing else "holds no picture"
@@ -169,10 +174,13 @@ class ImageFolder:
     def frame(self, index: int) -> Image.Image:
         try:
             with Image.open(self.files[index]) as image:
-                picture: Image.Image = image.convert("RGB")
-                return picture
+                pixels, changes = plain_picture(image)
         except (UnidentifiedImageError, OSError) as error:
             raise MediaReadError(f"{self.files[index]} cannot be read as a picture: {error}.") from error
+        if not self._said.issuperset(changes):
+            self._said.update(changes)
+            logger.info("pictures of %s were %s", self.files[index].parent, "; ".join(changes))
+        return Image.fromarray(pixels)
 
 
 class VideoFile:

@@ -24,7 +24,7 @@ SPELLINGS = {  # of torch, as headers write them
     "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
 ALIGNMENT = 256  # bytes; each tensor of a block begins at a multiple of it in the block's flat buffer
-BLOCK = re.compile(r"(?:vace_)?blocks\.(\d+)\.(.+)")
+BLOCK = re.compile(r"(?:(?:vace_)?blocks|visual\.transformer)\.(\d+)\.(.+)")
 # What makes the keys and values of a block's cross-attention, and serves nothing else.
 KEY_LAYER = re.compile(r"cross_attn\.(?:k|v|norm_k|k_img|v_img|norm_k_img)\.")
 NO_LINEAR = re.compile(r"embedding|modulation|norm")  # two-dimensional in a block, and no Linear's weight

@@ -22,6 +22,7 @@ PYTHON_ONLY = {
     "prompt",  # the one positional argument
     "prompt_embeds", "negative_prompt_embeds", "latents", "sigmas", "timesteps", "step_cache",
     "callback_on_step_end", "progress_bar_cmd", "progress_bar_st", "output_type", "rand_device",
+    "camera_control_origin", "camera_control_poses",  # rows of 19 numbers
     "save_latents",  # generate names the file itself
 }  # fmt: skip
 

@@ -104,13 +104,22 @@ def test_a_video_can_be_the_start(make: Any, tmp_path: Path) -> None:
 def test_every_flag_of_a_call_reaches_the_pipeline(
     make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    save_video([Image.new("RGB", (48, 32))] * 9, tmp_path / "in.mp4")
+    video, picture = tmp_path / "in.mp4", tmp_path / "in.png"
+    save_video([Image.new("RGB", (48, 32))] * 9, video)
+    Image.new("RGB", (48, 32)).save(picture)
+    opened = {
+        **dict.fromkeys(("input_video", "control_video", "vace_video", "vace_video_mask"), video),
+        **dict.fromkeys(("input_image", "end_image", "reference_image"), picture),
+        "vace_reference_image": [picture, picture],
+    }
     values: dict[str, Any] = {
         "negative_prompt": "blurry", "height": 32, "width": 48, "num_frames": 9, "num_videos_per_prompt": 2,
         "seed": 1, "strict": True, "num_inference_steps": 2, "cfg_scale": 4.0, "cfg_scale_low_noise": 3.0,
         "sampler": "dpm++", "sigma_shift": 7.0, "switch_DiT_boundary": 0.8, "denoising_strength": 0.5,
-        "tiled": True, "tile_size": (4, 4), "tile_stride": (2, 3), "input_video": tmp_path / "in.mp4",
-        "cache_text": tmp_path / "texts",
+        "tiled": True, "tile_size": (4, 4), "tile_stride": (2, 3), "cache_text": tmp_path / "texts",
+        "preset": "lightx2v-4step", "resize": "contain", "max_area": 1536, "fit": "hold",
+        "camera_control_direction": "Left", "camera_control_speed": 0.02, "motion_bucket_id": 30.0,
+        "vace_scale": 0.5, **opened,
     }  # fmt: skip
     assert set(values) == {flag.name for flag in FLAGS if flag.is_call}
     arguments: list[object] = []
@@ -118,24 +127,27 @@ def test_every_flag_of_a_call_reaches_the_pipeline(
         if flag.name in values:
             spelling = (flag.spellings or ("--" + flag.name.replace("_", "-"),))[0].split("/")[0]
             value = values[flag.name]
-            arguments += [
-                spelling,
-                *(() if value is True else value if isinstance(value, tuple) else (value,)),
-            ]
+            for one in value if isinstance(value, list) else [value]:
+                arguments += [
+                    spelling, *(() if one is True else one if isinstance(one, tuple) else (one,)),
+                ]  # fmt: skip
     seen: dict[str, Any] = {}
     call = WanVideoPipeline.__call__
 
     def noted(self: WanVideoPipeline, **given: Any) -> Any:
         seen.update(given)
-        return call(self, **given)
+        # No model reads all of them.
+        return call(self, prompt="a red circle", output_type="latent", num_videos_per_prompt=2)
 
     monkeypatch.setattr(WanVideoPipeline, "__call__", noted)
     ran = make(*arguments)
     assert ran.status == 0, ran.err
-    assert isinstance(seen["input_video"], VideoData)
-    assert {**seen, "input_video": values["input_video"]} == {
-        "prompt": "a red circle", "output_type": "latent", **values,
-    }  # fmt: skip
+    for name, file in opened.items():
+        if isinstance(file, list):
+            assert [isinstance(one, Image.Image) for one in seen[name]] == [True] * len(file), name
+        else:
+            assert isinstance(seen[name], VideoData if file is video else Image.Image), name
+    assert {**seen, **opened} == {"prompt": "a red circle", "output_type": "latent", **values}
 
 
 def test_quiet_says_only_what_was_made(make: Any) -> None:

@@ -65,7 +65,7 @@ WRONG: list[tuple[dict[str, Any], type[DiffSynthError], str]] = [
     ({"negativ_prompt": "x"}, UnknownArgumentError, "no argument 'negativ_prompt'. Did you mean 'negative_p"),
     ({"steps": 4}, UnknownArgumentError, "no argument 'steps'. Did you mean 'timesteps'"),
     ({"zzz": 1}, UnknownArgumentError, "Known arguments: "),
-    ({"input_image": VIDEO[0]}, UnusedInputError, "input_image was given, but .* image-to-video"),
+    ({"input_image": VIDEO[0]}, UnusedInputError, "reads no picture; I2V-14B"),
     ({"vace_scale": 0.5}, UnusedInputError, "vace_scale was given, but .* VACE"),
     ({"motion_bucket_id": 50}, UnusedInputError, "speed-control"),
     ({"tea_cache_l1_thresh": 0.05}, UnusedInputError, "step cache"),
@@ -91,7 +91,8 @@ def test_wrong_calls_are_told_before_anything_runs(
 
 def test_the_harmless_values_of_v1_pass(toy_pipe: WanVideoPipeline) -> None:
     harmless = {name: values[-1] for name, (values, _) in UNREAD.items()}
-    assert harmless["vace_scale"] == 1.0 and harmless["tea_cache_model_id"] == ""
+    assert harmless["tea_cache_model_id"] == ""
+    harmless |= {"vace_video": None, "vace_scale": 1.0}
     assert len(toy_pipe("x", seed=0, progress_bar_st=None, **harmless)) == 5
 
 

@@ -1,0 +1,197 @@
+"""``diffsynth lora``: look into LoRA files, translate, merge and extract them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from diffsynth.errors import ArgumentError, LoRAError
+
+if TYPE_CHECKING:
+    from diffsynth.checkpoints.architecture import Match
+    from diffsynth.lora.formats import LoRA
+
+logger = logging.getLogger("diffsynth")
+
+Dialect = Literal["comfy", "kohya", "diffusers", "peft"]
+app = typer.Typer(
+    name="lora",
+    help="LoRA files: what is inside, other dialects, merging and extracting.",
+    no_args_is_help=True,
+)
+_Out = Annotated[
+    Path, typer.Option("--out", "-o", help="The .safetensors file to write.", show_default=False)
+]
+_Svd = Annotated[
+    int | None, typer.Option(help="Turn LoHa, LoKr and whole differences into A and B of this rank.")
+]
+_Network = Annotated[str | None, typer.Option(help="Of a file for two experts: high or low.")]
+
+
+@app.command()
+def inspect(
+    paths: Annotated[list[Path], typer.Argument(help="LoRA files.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per LoRA.")] = False,
+) -> None:
+    """Say what LoRA files hold: dialect, ranks, alphas, layers, and what is no part of a LoRA."""
+    from diffsynth.cli.app import plain_errors
+
+    with plain_errors():
+        found = [_told(lora) for path in paths for lora in _open(path, None)]
+        typer.echo(json.dumps(found, indent=1) if as_json else "\n\n".join(map(_text, found)))
+
+
+@app.command()
+def convert(
+    path: Annotated[Path, typer.Argument(help="A LoRA of any dialect.", show_default=False)],
+    out: _Out,
+    to: Annotated[Dialect, typer.Option("--to", help="The dialect to write.")] = "comfy",
+    svd: _Svd = None,
+    network: _Network = None,
+) -> None:
+    """Write a LoRA in another dialect; what that cannot name is an error that lists it."""
+    from diffsynth.cli.app import plain_errors
+
+    with plain_errors():
+        from diffsynth.lora.dialects import to_low_rank, write_loras
+
+        _check_out(out)
+        loras = _open(path, network)
+        _refuse_unread(loras)
+        write_loras(out, loras if svd is None else [to_low_rank(lora, svd) for lora in loras], to)
+        typer.echo(
+            f"{out}: {sum(len(lora.layers) for lora in loras)} layers, from {loras[0].dialect} to {to}"
+        )
+
+
+@app.command()
+def merge(
+    base: Annotated[list[Path], typer.Argument(help="A DiT: file, folder or shards.", show_default=False)],
+    out: _Out,
+    lora: Annotated[
+        list[Path], typer.Option("--lora", help="A LoRA; may be given again.", show_default=False)
+    ],
+    weight: Annotated[
+        list[float] | None, typer.Option("--weight", help="Strength of each LoRA, in the same order; 1.")
+    ] = None,
+    network: _Network = None,
+) -> None:
+    """Write a checkpoint with LoRAs fused into it. Weights kept in fp8 are written as bfloat16."""
+    from diffsynth.cli.app import plain_errors
+
+    with plain_errors():
+        from diffsynth.lora.merging import merge as merge_into
+
+        weights = weight or [1.0] * len(lora)
+        if len(weights) != len(lora):
+            raise ArgumentError(f"--weight was given {len(weights)} times for {len(lora)} LoRAs.")
+        _check_out(out)
+        pairs = [(one, w) for path, w in zip(lora, weights, strict=True) for one in _open(path, network)]
+        if len(pairs) != len(lora):
+            raise LoRAError(
+                "One of the files holds LoRAs of both experts; choose one: --network high or low."
+            )
+        missing = merge_into(_dit(base), pairs, out)
+        for why, keys in missing.items():
+            typer.echo(f"warning: {len(keys)} keys are {why} ({keys[0]} ...)", err=True)
+        typer.echo(f"{out}: {out.stat().st_size / 2**30:.2f} GiB")
+
+
+@app.command()
+def extract(
+    tuned: Annotated[Path, typer.Argument(help="A fine-tuned DiT.", show_default=False)],
+    base: Annotated[Path, typer.Argument(help="The DiT that it was made from.", show_default=False)],
+    out: _Out,
+    rank: Annotated[int, typer.Option(help="Of the factors; 4 to 128 are usual.")] = 32,
+    to: Annotated[Dialect, typer.Option("--to", help="The dialect to write.")] = "comfy",
+) -> None:
+    """Take a LoRA from the difference of two checkpoints, by SVD."""
+    from diffsynth.cli.app import plain_errors
+
+    with plain_errors():
+        from diffsynth.lora.dialects import write_loras
+        from diffsynth.lora.merging import extract as extract_from
+
+        if rank < 1:
+            raise ArgumentError(f"--rank is {rank}; give 1 or more (32 is usual).")
+        _check_out(out)
+        found = extract_from(_dit([tuned])[0].checkpoint, _dit([base])[0].checkpoint, rank)
+        write_loras(out, [found], to)
+        typer.echo(f"{out}: {len(found.layers)} layers, rank {rank}, {out.stat().st_size / 2**20:.1f} MiB")
+
+
+def _check_out(out: Path) -> None:
+    from diffsynth.video import check_output_path
+
+    check_output_path(out, need_bytes=0, suffixes=(".safetensors",))
+
+
+def _open(path: Path, network: str | None) -> list[LoRA]:
+    from diffsynth.lora.formats import open_loras
+
+    if network not in (None, "high", "low"):
+        raise ArgumentError(f"--network is {network!r}; give high or low.")
+    loras = open_loras(path)
+    if network is None or len(loras) == 1:
+        return loras
+    return [lora for lora in loras if lora.role == network]
+
+
+def _refuse_unread(loras: Sequence[LoRA]) -> None:
+    for lora in loras:
+        for why, keys in lora.unread.items():
+            raise LoRAError(
+                f"{lora.source}: {len(keys)} keys cannot be converted, they are {why}: {', '.join(keys[:4])}"
+                f"{' ...' if keys[4:] else ''}."
+            )
+
+
+def _dit(paths: Sequence[Path]) -> list[Match]:
+    from diffsynth.checkpoints.checkpoint import Checkpoint
+    from diffsynth.checkpoints.detect import detect
+    from diffsynth.models.registry import ARCHITECTURES
+
+    given: Any = paths[0] if len(paths) == 1 else list(paths)
+    matches = detect(Checkpoint.open(given), ARCHITECTURES)
+    for match in matches:
+        match.require_config()
+    return matches
+
+
+def _told(lora: LoRA) -> dict[str, Any]:
+    from diffsynth.lora.changes import rank_of
+
+    changes = [layer.weight for layer in lora.layers.values() if layer.weight is not None]
+    scales = Counter(f"{getattr(change, 'scale', 1.0):g}" for change in changes)
+    return {
+        "file": lora.source, "dialect": lora.dialect, "expert": lora.role, "keys": lora.num_keys,
+        "layers": len(lora.layers), "kinds": dict(Counter(map(rank_of, changes))),
+        "scales": dict(scales), "biases": sum(layer.bias is not None for layer in lora.layers.values()),
+        "unread": {why: list(keys) for why, keys in lora.unread.items()},
+        "metadata": dict(lora.metadata),
+    }  # fmt: skip
+
+
+def _text(told: dict[str, Any]) -> str:
+    def counted(counts: dict[str, int]) -> str:
+        return ", ".join(f"{kind} x {count}" for kind, count in counts.items()) or "none"
+
+    lines = [
+        f"{told['file']}",
+        f"  dialect  {told['dialect']}"
+        + (f", for the {told['expert']}-noise expert" if told["expert"] else ""),
+        f"  layers   {told['layers']}, of {told['keys']} keys",
+        f"  kinds    {counted(told['kinds'])}; biases {told['biases']}",
+        f"  alpha/r  {counted(told['scales'])}",
+    ]
+    lines += [
+        f"  unread   {len(keys)} keys, {why}: {', '.join(keys[:4])}" for why, keys in told["unread"].items()
+    ]
+    lines += [f"  {name} = {value[:100]}" for name, value in list(told["metadata"].items())[:12]]
+    return "\n".join(lines)

@@ -1,0 +1,71 @@
+"""Fun Control: a video of edges, poses or depth that the generated one follows, frame by frame."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from diffsynth.conditioning.clips import Fit, clip_to_tensor
+from diffsynth.conditioning.conditioner import Components, Geometry
+from diffsynth.conditioning.conditions import Contribution
+from diffsynth.errors import ArgumentError, MissingModelError, UnusedInputError
+
+if TYPE_CHECKING:
+    from diffsynth.video.pixels import Frames
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ControlInputs:
+    """A video to follow."""
+
+    control_video: Frames | None = None  # frames, a VideoData, or floats in [0, 1] (F, 3, H, W)
+    # Of control_video and vace_video where they are not num_frames long: "trim" a longer one, "hold" the last
+    # frame of a shorter one.
+    fit: Fit | None = None
+    vace_video: Frames | None = None  # read elsewhere; here to know whether anything reads ``fit``
+    vace_video_mask: Frames | None = None
+    tile_size: tuple[int, int] | None = None
+    tile_stride: tuple[int, int] | None = None
+
+
+class ControlConditioner:
+    """The latent of a control video, in the plane "control".
+
+    Source: wan_numerics 10.1 and 10.3; DiffSynth-Studio v1 ``pipelines/wan_video.py``.
+    """
+
+    Inputs: ClassVar[type] = ControlInputs
+    encoder: ClassVar[str | None] = "vae"
+
+    def applies(self, inputs: ControlInputs, parts: Components) -> bool:
+        videos = (inputs.control_video, inputs.vace_video, inputs.vace_video_mask)
+        if inputs.fit is not None and all(video is None for video in videos):
+            raise UnusedInputError("fit was given, but no video that it could fit; leave it out.")
+        if inputs.control_video is None:
+            if "control" in parts.planes:
+                raise ArgumentError(
+                    "This model follows a control video and none was given; give control_video=, as many "
+                    "frames as num_frames."
+                )
+            return False
+        if "control" not in parts.planes:
+            raise UnusedInputError(
+                "control_video was given, but no loaded model reads it: it needs a Fun-Control model."
+            )
+        if parts.vae is None:
+            raise MissingModelError("control_video needs the VAE; load it (Wan2.1_VAE.pth).")
+        return True
+
+    def needs_encoder(self, inputs: ControlInputs, parts: Components) -> bool:
+        return True
+
+    def encode(self, inputs: ControlInputs, geometry: Geometry, parts: Components) -> Contribution:
+        import torch
+
+        assert parts.vae is not None and inputs.control_video is not None
+        video = clip_to_tensor(inputs.control_video, geometry, name="control_video", fit=inputs.fit)
+        with torch.no_grad():
+            plane = parts.vae.encode(
+                video.to(parts.device), tile_size=inputs.tile_size, tile_stride=inputs.tile_stride
+            )
+        return Contribution(planes={"control": (plane.expand(geometry.num_videos, -1, -1, -1, -1), None)})

@@ -1,0 +1,259 @@
+"""Pictures that the video begins and ends with: planes beside the noise, and tokens of the image encoder.
+
+Letters: B batch, F pixel frames, T latent frames, H W pixels, h w latent positions, C latent channels.
+Two conditioners share one `ImageInputs`, because two encoders read it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING, ClassVar
+
+from diffsynth.conditioning.conditioner import Components, Geometry
+from diffsynth.conditioning.conditions import Contribution
+from diffsynth.errors import ArgumentError, MissingModelError, UnusedInputError
+from diffsynth.video import Frame, Resize, frames_to_tensor, picture_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FRAMES_OF_A_LATENT = 4  # pixel frames, except of the first latent, which is one frame
+IMAGE_TOKENS = 257  # of one picture, by the released encoder
+TAKERS = "I2V-14B, FLF2V-14B, Fun InP, Fun Control and Wan2.2 I2V-A14B take it"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageInputs:
+    """Pictures to begin and to end with."""
+
+    input_image: Frame | None = None  # the first frame: PIL, uint8 (H, W, 3), or floats in [0, 1] (3, H, W)
+    end_image: Frame | None = None  # the last frame
+    reference_image: Frame | None = None  # of Fun Control: the image encoder looks at it, not at input_image
+    # How a picture of another size is brought to height and width: "cover" crops in the middle, "stretch"
+    # gives up the proportions, "contain" sets it between black bars.
+    resize: Resize = "cover"
+    # Pixels: height and width are those of input_image's proportions with about this area, and the picture is
+    # resized as officially.
+    max_area: int | None = None
+    tile_size: tuple[int, int] | None = None
+    tile_stride: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.input_image is None and self.end_image is None and self.resize != "cover":
+            raise UnusedInputError(
+                f"resize is {self.resize!r}, but there is no input_image that it could fit; leave it out."
+            )
+        if self.max_area is not None and self.resize != "cover":
+            raise UnusedInputError(
+                f"max_area= keeps the picture's proportions, so that resize={self.resize!r} is not read; "
+                "leave one of them out."
+            )
+
+
+def size_within(size: tuple[int, int], max_area: int, multiples: tuple[int, int]) -> tuple[int, int]:
+    """Return height and width of a video with a picture's proportions.
+
+    Args:
+        size: height and width of the picture.
+        max_area: pixels that the video has at most; what the official ``--size`` means for pictures.
+        multiples: what height and width are multiples of.
+
+    Raises:
+        ArgumentError: when no pixel is left.
+
+    Source: Wan2.1 ``wan/image2video.py``. Rounded down as there, in float64: a picture that already has the
+    area may lose a row of patches (480 x 832 becomes 464 x 832).
+    """
+    if not isinstance(max_area, Integral) or max_area < 1:
+        raise ArgumentError(f"max_area is {max_area!r}; give a number of pixels, such as 480 * 832.")
+    aspect = size[0] / size[1]
+    sides = (math.sqrt(max_area * aspect), math.sqrt(max_area / aspect))
+    height, width = (
+        int(side // multiple) * multiple for side, multiple in zip(sides, multiples, strict=True)
+    )
+    if not height or not width:
+        raise ArgumentError(
+            f"max_area is {max_area}, too small for a picture of {size[1]}x{size[0]}: height and width are "
+            f"multiples of {multiples[0]} and {multiples[1]}."
+        )
+    return height, width
+
+
+def known_frames(geometry: Geometry, *, has_end: bool) -> Tensor:
+    """Return the plane "mask": 1 where a pixel frame is given, 0 where it is to be made.
+
+    Returns:
+        (1, 4, T, h, w) float32: the four pixel frames of each latent one; the first frame counts four times.
+    """
+    import torch
+
+    known = torch.zeros(geometry.num_frames)
+    known[0] = 1.0
+    if has_end:
+        known[-1] = 1.0
+    rows = torch.cat([known[:1].repeat(FRAMES_OF_A_LATENT), known[1:]]).view(-1, FRAMES_OF_A_LATENT)
+    shape = (1, FRAMES_OF_A_LATENT, rows.shape[0], geometry.latent_height, geometry.latent_width)
+    return rows.T[None, :, :, None, None].expand(shape)
+
+
+def fitted(image: Frame, inputs: ImageInputs, geometry: Geometry, *, log: bool = True) -> Tensor:
+    """Return a picture in the size of the video, (1, 3, 1, H, W) float32, in [-1, 1] or a little beyond."""
+    from torch.nn.functional import interpolate
+
+    if inputs.max_area is None:
+        return frames_to_tensor([image], geometry.height, geometry.width, inputs.resize, log=log)
+    # As officially: bicubic without antialiasing, not clamped; the proportions differ by the rounding only.
+    whole = _original(image, inputs, log=log)[:, :, 0].float()
+    size = (geometry.height, geometry.width)
+    return interpolate(whole, size=size, mode="bicubic", align_corners=False)[:, :, None]
+
+
+def _original(image: Frame, inputs: ImageInputs, *, log: bool) -> Tensor:
+    """A picture in its own size, (1, 3, 1, H, W), the last frame with the proportions of the first."""
+    assert inputs.input_image is not None
+    first, size = picture_size(inputs.input_image), picture_size(image)
+    is_reference = image is inputs.reference_image
+    return frames_to_tensor([image], *(size if is_reference else first), log=log)
+
+
+class ImageConditioner:
+    """First and last frame in the planes "mask" and "image".
+
+    With a plane "mask" the video of these frames and grey between them is coded; without it (Fun Control and
+    Camera of Wan2.1) the picture alone, as the first of latent frames that are zero otherwise.
+    Source: Wan2.1 ``wan/image2video.py``, ``wan/first_last_frame2video.py``; VideoX-Fun for Control.
+    """
+
+    Inputs: ClassVar[type] = ImageInputs
+    encoder: ClassVar[str | None] = "vae"
+
+    def applies(self, inputs: ImageInputs, parts: Components) -> bool:
+        if inputs.input_image is None:
+            _check_absent(inputs, parts)
+            return tuple(parts.planes) == ("image",)
+        if "image" not in parts.planes:
+            raise UnusedInputError(
+                f"input_image was given, but the loaded model reads no picture; {TAKERS}. To begin with a "
+                "picture on a VACE model, give it as the first frame of vace_video."
+            )
+        if inputs.end_image is not None and "mask" not in parts.planes:
+            raise UnusedInputError(
+                "end_image was given, but the loaded model has no plane that says which frames are given; "
+                "FLF2V-14B, Fun InP and Wan2.2 I2V-A14B read one."
+            )
+        if inputs.end_image is None and parts.has_image_positions:
+            raise ArgumentError(
+                "This model draws what lies between two pictures, and end_image is missing; give end_image=, "
+                "or load an I2V model."
+            )
+        if parts.vae is None:
+            raise MissingModelError("input_image needs the VAE; load it (Wan2.1_VAE.pth).")
+        return True
+
+    def needs_encoder(self, inputs: ImageInputs, parts: Components) -> bool:
+        return inputs.input_image is not None
+
+    def encode(self, inputs: ImageInputs, geometry: Geometry, parts: Components) -> Contribution:
+        import torch
+
+        shape = (geometry.num_videos, *geometry.latent_shape[1:])
+        if inputs.input_image is None:
+            return Contribution(planes={"image": (torch.zeros(shape, device=parts.device), None)})
+        video = fitted(inputs.input_image, inputs, geometry)
+        if "mask" not in parts.planes:
+            plane = torch.zeros((1, *shape[1:]), device=parts.device)
+            plane[:, :, :1] = self._encode(video, inputs, parts)
+            return Contribution(planes={"image": (plane.expand(shape), None)})
+        has_end = inputs.end_image is not None
+        if has_end and geometry.num_frames == 1:
+            raise ArgumentError("end_image was given and num_frames is 1; give 5 or more frames.")
+        between = video.new_zeros(1, 3, geometry.num_frames - 1 - has_end, geometry.height, geometry.width)
+        parts_of_video = [video, between]
+        if inputs.end_image is not None:
+            parts_of_video.append(fitted(inputs.end_image, inputs, geometry).to(video.device))
+        plane = self._encode(torch.cat(parts_of_video, dim=2), inputs, parts)
+        mask = known_frames(geometry, has_end=has_end).to(plane.device)
+        return Contribution(
+            planes={
+                "mask": (mask.expand(geometry.num_videos, -1, -1, -1, -1), None),
+                "image": (plane.expand(shape), None),
+            }
+        )
+
+    def _encode(self, video: Tensor, inputs: ImageInputs, parts: Components) -> Tensor:
+        import torch
+
+        assert parts.vae is not None
+        with torch.no_grad():
+            return parts.vae.encode(
+                video.to(parts.device), tile_size=inputs.tile_size, tile_stride=inputs.tile_stride
+            )
+
+
+class ImageTokensConditioner:
+    """What the image encoder sees, as tokens that cross-attention reads beside those of the text.
+
+    It looks at the reference picture if there is one, else at the first frame, and for a model with positions
+    of two pictures at the last frame too: as a whole with ``max_area``, as officially, else in the size of
+    the video. A model that could look at a picture and is given none reads features of zeros.
+    """
+
+    Inputs: ClassVar[type] = ImageInputs
+    encoder: ClassVar[str | None] = "image_encoder"
+
+    def applies(self, inputs: ImageInputs, parts: Components) -> bool:
+        if not parts.has_image_branch:
+            return False
+        if self.needs_encoder(inputs, parts) and parts.image_encoder is None:
+            raise MissingModelError(
+                "This model looks at its pictures through the CLIP image encoder, and none is loaded; load "
+                "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth."
+            )
+        return True
+
+    def needs_encoder(self, inputs: ImageInputs, parts: Components) -> bool:
+        return inputs.input_image is not None or inputs.reference_image is not None
+
+    def encode(self, inputs: ImageInputs, geometry: Geometry, parts: Components) -> Contribution:
+        import torch
+
+        encoder = parts.image_encoder
+        first = inputs.input_image if inputs.reference_image is None else inputs.reference_image
+        if first is None:
+            count = IMAGE_TOKENS if encoder is None else encoder.num_tokens
+            zeros = torch.zeros(geometry.num_videos, count, parts.image_dim or 0, device=parts.device)
+            return Contribution(image=(zeros, None))
+        assert encoder is not None
+        images = [first]
+        if inputs.end_image is not None and parts.has_image_positions:
+            images.append(inputs.end_image)
+        with torch.no_grad():
+            features = encoder([_seen(image, inputs, geometry)[:, :, 0] for image in images])
+        tokens = features.flatten(0, 1)[None]  # of two pictures: one sequence, those of the first first
+        return Contribution(image=(tokens.expand(geometry.num_videos, -1, -1), None))
+
+
+def _seen(image: Frame, inputs: ImageInputs, geometry: Geometry) -> Tensor:
+    """A picture as the image encoder gets it; the log hears of changes where the VAE reads it."""
+    if inputs.max_area is not None:
+        return _original(image, inputs, log=False)
+    if image is inputs.reference_image:
+        return frames_to_tensor([image], geometry.height, geometry.width, log=False)
+    return fitted(image, inputs, geometry, log=False)
+
+
+def _check_absent(inputs: ImageInputs, parts: Components) -> None:
+    """No first frame was given: is that allowed?"""
+    if inputs.end_image is not None:
+        raise ArgumentError("end_image was given without input_image; give both.")
+    if inputs.max_area is not None:
+        raise ArgumentError(
+            "max_area= was given without input_image=, whose proportions it takes; give height= and width=."
+        )
+    if set(parts.planes) == {"mask", "image"}:
+        raise ArgumentError(
+            "This model continues a picture and input_image is missing; give input_image=, or load a "
+            "text-to-video model."
+        )

@@ -1,0 +1,64 @@
+"""Fun Reference: a picture whose subject or style the video takes up, told beside the control video."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from diffsynth.conditioning.conditioner import Components, Geometry
+from diffsynth.conditioning.conditions import Contribution
+from diffsynth.errors import MissingModelError, UnusedInputError
+from diffsynth.video import frames_to_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffsynth.video import Frame
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What the reference adapter is given."""
+
+    latents: Tensor  # (B or 1, C, 1, H, W) of the picture, H and W those of the video's latents
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceInputs:
+    """A picture of what the video shows."""
+
+    reference_image: Frame | None = None  # PIL, uint8 (H, W, 3), or floats in [0, 1] (3, H, W)
+
+
+class ReferenceConditioner:
+    """The latent of a reference picture; the adapter makes tokens of it.
+
+    Source: wan_numerics 10.3. The picture is coded whole, never in tiles, as in DiffSynth-Studio v1.
+    """
+
+    Inputs: ClassVar[type] = ReferenceInputs
+    encoder: ClassVar[str | None] = "vae"
+
+    def applies(self, inputs: ReferenceInputs, parts: Components) -> bool:
+        if inputs.reference_image is None:
+            return False
+        if "reference" not in parts.adapters:
+            raise UnusedInputError(
+                "reference_image was given, but no loaded model reads it: it needs a Fun V1.1 Control model."
+            )
+        if parts.vae is None:
+            raise MissingModelError("reference_image needs the VAE; load it (Wan2.1_VAE.pth).")
+        return True
+
+    def needs_encoder(self, inputs: ReferenceInputs, parts: Components) -> bool:
+        return True
+
+    def encode(self, inputs: ReferenceInputs, geometry: Geometry, parts: Components) -> Contribution:
+        import torch
+
+        assert parts.vae is not None and inputs.reference_image is not None
+        picture = frames_to_tensor([inputs.reference_image], geometry.height, geometry.width)
+        with torch.no_grad():
+            latents = parts.vae.encode(picture.to(parts.device))
+        given = Reference(latents=latents.expand(geometry.num_videos, -1, -1, -1, -1))
+        return Contribution(adapters={"reference": (given, None)})

@@ -1,0 +1,266 @@
+"""VACE: a video with holes, a mask of the holes and reference pictures, as one context for its blocks.
+
+Letters: B batch, F pixel frames, H W pixel height and width, R references, T latent frames, h w latent height
+and width, z latent channels, s pixels along an edge of a latent position.
+Mask: 1 (white) is made anew, 0 (black) is kept. Source: Wan2.1 ``wan/vace.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from diffsynth.conditioning.clips import Fit, clip_to_tensor
+from diffsynth.conditioning.conditioner import Components, Geometry
+from diffsynth.conditioning.conditions import Contribution, LatentPlan
+from diffsynth.errors import ArgumentError, MissingModelError, UnusedInputError
+from diffsynth.sampling.registry import SAMPLERS
+from diffsynth.video import frames_to_tensor, picture_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffsynth.video import Frame
+    from diffsynth.video.pixels import Frames
+
+MODELS = "Wan2.1-VACE-1.3B, Wan2.1-VACE-14B, or a VACE module beside a text-to-video DiT"
+MAX_SCALE = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaceCondition:
+    """What the VACE blocks read."""
+
+    context: Tensor  # (B or 1, 2 z + s s, R + T, h, w): kept part, part to make anew, mask
+    scales: tuple[float, ...] = (1.0,)  # how strongly hints count: one number, or one per step
+    times: tuple[float, ...] = ()  # with several scales: the timestep of each, 0..1000
+
+    def scale_at(self, time: float) -> float:
+        """How strongly hints count at a timestep, 0..1000."""
+        if len(self.scales) == 1:
+            return self.scales[0]
+        # The nearest, because a pipeline may round what the network is told.
+        return min(zip(self.times, self.scales, strict=True), key=lambda pair: abs(pair[0] - time))[1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VaceInputs:
+    """What VACE is shown, and which steps a list of scales belongs to."""
+
+    vace_video: Frames | None = None  # what is known; grey where something shall be made
+    vace_video_mask: Frames | None = None  # white: make anew, black: keep; without it all is made anew
+    vace_reference_image: Frame | Sequence[Frame] | None = None  # one picture or several
+    vace_scale: float | Sequence[float] = 1.0  # how strongly these count: 0 to 2, or one number per step
+    fit: Fit | None = None  # "trim" | "hold": for a video or mask of another length than num_frames
+    tile_size: tuple[int, int] | None = None
+    tile_stride: tuple[int, int] | None = None
+    num_inference_steps: int | None = None
+    sampler: str | None = None
+    sigma_shift: float | None = None
+    denoising_strength: float = 1.0
+    sigmas: Sequence[float] | Tensor | None = None
+    timesteps: Sequence[float] | Tensor | None = None
+    input_video: object = None  # read elsewhere; it has no frames for the places of references
+
+    @property
+    def references(self) -> list[Frame]:
+        """Reference pictures, in the order in which they are given."""
+        given: Any = self.vace_reference_image
+        if given is None:
+            return []
+        is_one = hasattr(given, "getbands") or getattr(given, "ndim", 0) in (2, 3)
+        return [given] if is_one else list(given)
+
+    @property
+    def extra_frames(self) -> int:
+        """Latent frames that stand in front of the video's: one per reference."""
+        return len(self.references)
+
+    @property
+    def given(self) -> list[str]:
+        """Names of the inputs that are there."""
+        names = ("vace_video", "vace_video_mask", "vace_reference_image")
+        return [name for name in names if getattr(self, name) is not None]
+
+
+class VaceConditioner:
+    """Splits the video by its mask, encodes both parts and each reference, and lays the mask beside them."""
+
+    Inputs: ClassVar[type] = VaceInputs
+    encoder: ClassVar[str | None] = "vae"
+
+    def applies(self, inputs: VaceInputs, parts: Components) -> bool:
+        scales = _scales(inputs)
+        if not inputs.given:
+            if scales != (1.0,):
+                raise UnusedInputError(
+                    "vace_scale was given, but there is nothing to scale: give a VACE model vace_video= or "
+                    "vace_reference_image=, or leave vace_scale out."
+                )
+            return False
+        if "vace" not in parts.adapters:
+            raise UnusedInputError(
+                f"{inputs.given[0]} was given, but no loaded model reads it; it needs {MODELS}."
+            )
+        if inputs.vace_video is None and inputs.vace_video_mask is not None:
+            raise ArgumentError(
+                "vace_video_mask was given without vace_video; give the video that it is a mask of (grey "
+                "where nothing is known), or leave it out."
+            )
+        if inputs.vace_reference_image is not None and not inputs.references:
+            raise ArgumentError("vace_reference_image is empty; give one picture or more, or leave it out.")
+        if inputs.references and inputs.input_video is not None:
+            raise ArgumentError(
+                "vace_reference_image and input_video are both given: references stand in front of the "
+                "latents, where input_video has nothing to start from. Give vace_video= in place of "
+                "input_video=, or leave the references out."
+            )
+        if parts.vae is None:
+            raise MissingModelError(f"{inputs.given[0]} needs the VAE; load it (Wan2.1_VAE.pth).")
+        if len(scales) > 1:
+            _step_times(inputs, scales)
+        return True
+
+    def needs_encoder(self, inputs: VaceInputs, parts: Components) -> bool:
+        return True
+
+    def encode(self, inputs: VaceInputs, geometry: Geometry, parts: Components) -> Contribution:
+        scales = _scales(inputs)
+        condition = VaceCondition(
+            context=self._context(inputs, geometry, parts),
+            scales=scales,
+            times=_step_times(inputs, scales) if len(scales) > 1 else (),
+        )
+        return Contribution(
+            adapters={"vace": (condition, None)}, latents=LatentPlan(extra_frames=inputs.extra_frames)
+        )
+
+    def _context(self, inputs: VaceInputs, geometry: Geometry, parts: Components) -> Tensor:
+        """(1, 2 z + s s, R + T, h, w)."""
+        import torch
+
+        def encoded(video: Tensor) -> Tensor:
+            assert parts.vae is not None
+            with torch.no_grad():
+                return parts.vae.encode(
+                    video.to(parts.device), tile_size=inputs.tile_size, tile_stride=inputs.tile_stride
+                )
+
+        video, mask = _video_and_mask(inputs, geometry)
+        if video is None:
+            kept = made = encoded(torch.zeros(1, 3, geometry.num_frames, geometry.height, geometry.width))
+        else:
+            # The split is hard, whatever greys the mask has; its channels keep them.
+            is_made = (mask > 0.5).to(video.dtype)
+            kept, made = encoded(video * (1 - is_made)), encoded(video * is_made)
+        stride = geometry.height // geometry.latent_height
+        context = torch.cat([kept, made, mask_channels(mask, kept.shape[2], stride).to(kept)], dim=1)
+        fronts = []
+        for picture in inputs.references:
+            canvas = reference_canvas(picture, geometry.height, geometry.width)
+            latent = encoded(canvas[None, :, None])
+            rest = latent.new_zeros(1, context.shape[1] - latent.shape[1], *latent.shape[2:])
+            fronts.append(torch.cat([latent, rest], dim=1))
+        return torch.cat([*fronts, context], dim=2)
+
+
+def mask_channels(mask: Tensor, num_latents: int, stride: int) -> Tensor:
+    """Lay the pixels of a mask into channels, and pick the frames that stand for a latent frame.
+
+    Args:
+        mask: (1, 1, F, H, W) in [0, 1].
+        num_latents: T.
+        stride: s.
+
+    Returns:
+        (1, s s, T, H / s, W / s): channel s row + column holds that pixel of each s x s square.
+    """
+    import torch.nn.functional as F
+
+    height, width = mask.shape[3] // stride, mask.shape[4] // stride
+    squares = mask[:, 0].reshape(*mask.shape[:1], mask.shape[2], height, stride, width, stride)
+    channels = squares.permute(0, 3, 5, 1, 2, 4).flatten(1, 2)  # (1, s s, F, h, w)
+    return F.interpolate(channels, size=(num_latents, height, width), mode="nearest-exact")
+
+
+def reference_canvas(picture: Frame, height: int, width: int) -> Tensor:
+    """Return a reference picture, fitted into the video's size on white.
+
+    Args:
+        picture: PIL, uint8 (H, W, 3), or real (3, H, W) in [0, 1].
+        height: of the video, in pixels.
+        width: of the video.
+
+    Returns:
+        (3, height, width) float32 in [-1, 1]. A picture of this size is left as it is.
+
+    Source: Wan2.1 ``wan/vace.py`` prepare_source: bilinear without antialias, sizes cut to whole pixels.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    own = picture_size(picture)
+    pixels = frames_to_tensor([picture], *own)[0, :, 0]
+    if own == (height, width):
+        return pixels
+    scale = min(height / own[0], width / own[1])
+    rows, columns = max(1, int(own[0] * scale)), max(1, int(own[1] * scale))
+    fitted = F.interpolate(pixels[None], size=(rows, columns), mode="bilinear", align_corners=False)[0]
+    canvas = torch.ones(3, height, width, dtype=pixels.dtype, device=pixels.device)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    canvas[:, top : top + rows, left : left + columns] = fitted
+    return canvas
+
+
+def _video_and_mask(inputs: VaceInputs, geometry: Geometry) -> tuple[Tensor | None, Tensor]:
+    """Video (1, 3, F, H, W) in [-1, 1] or None, and mask (1, 1, F, H, W) in [0, 1]."""
+    import torch
+
+    video = mask = None
+    if inputs.vace_video is not None:
+        video = clip_to_tensor(inputs.vace_video, geometry, name="vace_video", fit=inputs.fit)
+    if inputs.vace_video_mask is not None:
+        pixels = clip_to_tensor(inputs.vace_video_mask, geometry, name="vace_video_mask", fit=inputs.fit)
+        mask = ((pixels[:, :1] + 1) / 2).clamp(0.0, 1.0)
+    if mask is None:
+        mask = torch.ones(1, 1, geometry.num_frames, geometry.height, geometry.width)
+    return video, mask
+
+
+def _scales(inputs: VaceInputs) -> tuple[float, ...]:
+    given = inputs.vace_scale
+    scales = (given,) if isinstance(given, (int, float)) else tuple(given)
+    if not scales or not all(
+        isinstance(s, (int, float)) and math.isfinite(s) and 0.0 <= s <= MAX_SCALE for s in scales
+    ):
+        raise ArgumentError(
+            f"vace_scale is {given!r}; give a number from 0 (no effect) to 2, 1 is usual, or a list of one "
+            "such number per step."
+        )
+    return tuple(float(s) for s in scales)
+
+
+def _step_times(inputs: VaceInputs, scales: tuple[float, ...]) -> tuple[float, ...]:
+    """Return what the network is told at each step; raises when there are more or fewer scales than steps."""
+    sampler = SAMPLERS[str(inputs.sampler)]()
+    if inputs.sigmas is not None:
+        sampler.set_sigmas(inputs.sigmas, inputs.timesteps)
+    else:
+        assert inputs.num_inference_steps is not None and inputs.sigma_shift is not None
+        sampler.reset(inputs.num_inference_steps, inputs.sigma_shift, inputs.denoising_strength)
+    times = tuple(float(time) for time in sampler.timesteps)
+    if len(times) != len(scales):
+        raise ArgumentError(
+            f"vace_scale has {len(scales)} numbers and there are {len(times)} steps; give one number per "
+            "step, or one for all."
+        )
+    told: dict[float, float] = {}
+    for time, scale in zip(times, scales, strict=True):
+        if told.setdefault(time, scale) != scale:
+            raise ArgumentError(
+                f"Two steps are told the same time, {time:g}, and vace_scale asks for {told[time]:g} and "
+                f"{scale:g} there; give both one number, or a smaller sigma_shift."
+            )
+    return times

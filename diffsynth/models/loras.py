@@ -1,0 +1,330 @@
+"""The LoRAs of a manager's networks: fused into weights or attached beside them, changed and taken away.
+
+Every change goes through the guards of the pipelines that were made of these networks: a pipeline that holds
+to limits on memory lets its networks rest as plain ones meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from weakref import WeakMethod
+
+import torch
+
+from diffsynth.checkpoints.checkpoint import Checkpoint
+from diffsynth.checkpoints.detect import detect
+from diffsynth.checkpoints.files import PathLike
+from diffsynth.checkpoints.hints import Role
+from diffsynth.errors import ArgumentError, LoRAError, UnknownCheckpointError
+from diffsynth.lora.attach import Dial, attach, detach
+from diffsynth.lora.changes import Change, Decomposed, tensors_of
+from diffsynth.lora.formats import LoRA, is_lora, read_loras, with_role
+from diffsynth.lora.fuse import fuse, original_tensor
+from diffsynth.lora.matching import LoRAReport, Network, fit
+from diffsynth.models.registry import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from diffsynth.models.model_manager import LoadedModel
+
+logger = logging.getLogger("diffsynth")
+
+Mode = Literal["fuse", "attach"]
+Weight = float | Sequence[float]
+Guard = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(eq=False, kw_only=True)
+class _Held:
+    """A LoRA that was loaded."""
+
+    dial: Dial
+    mode: Mode
+    reports: list[LoRAReport] = field(default_factory=list)
+    changes: list[tuple[LoadedModel, Mapping[str, Change]]] = field(default_factory=list)
+
+    def names_in(self, entry: LoadedModel) -> Mapping[str, Change]:
+        """What it changes in a network, by tensor."""
+        return {name: change for own, some in self.changes if own is entry for name, change in some.items()}
+
+
+class LoRAs:
+    """See this module's legend.
+
+    Args:
+        loaded: networks of the manager; the list itself, which grows.
+    """
+
+    def __init__(self, loaded: Sequence[LoadedModel]) -> None:
+        self._loaded = loaded
+        self._held: dict[str, _Held] = {}
+        self._guards: list[WeakMethod[Guard]] = []
+        self._values: list[float] = []  # strengths when the last step began
+
+    @property
+    def names(self) -> list[str]:
+        """Of those that are loaded."""
+        return list(self._held)
+
+    def describe(self) -> list[str]:
+        """A line each."""
+        return [str(report) for held in self._held.values() for report in held.reports]
+
+    def guard(self, around: Guard) -> None:
+        """Enter this around every change; a bound method, which is not kept alive."""
+        self._guards.append(WeakMethod(around))
+
+    def load(
+        self,
+        file_path: PathLike | Sequence[PathLike],
+        lora_alpha: float = 1.0,
+        name: str | None = None,
+        mode: Mode = "fuse",
+        network: str | None = None,
+    ) -> list[LoRAReport]:
+        """See `ModelManager.load_lora`."""
+        paths = [file_path] if isinstance(file_path, (str, Path)) else list(file_path)
+        if mode not in ("fuse", "attach"):
+            raise ArgumentError(f"mode is {mode!r}; give 'fuse' or 'attach'.")
+        if not paths or (name is not None and len(paths) > 1):
+            raise ArgumentError(
+                f"{len(paths)} LoRA files and name={name!r}: give a name to one file at a time."
+            )
+        weight = _number(lora_alpha, "lora_alpha")
+        planned = [self._planned(path, name or Path(path).stem, mode, weight, network) for path in paths]
+        names = [held.dial.name for held in planned]
+        for twice in {n for n in names if n in self._held or names.count(n) > 1}:
+            raise ArgumentError(
+                f"A LoRA named {twice!r} is loaded already; give this one another name=, or call "
+                f"unload_lora({twice!r}) first."
+            )
+        with self._guarded():
+            for held in planned:
+                self._put(held)
+        for report in (report for held in planned for report in held.reports):
+            logger.log(logging.WARNING if report.missing else logging.INFO, "%s", report)
+        return [report for held in planned for report in held.reports]
+
+    def set(self, name: str, weight: Weight) -> None:
+        """See `ModelManager.set_lora`."""
+        held = self._find(name)
+        if isinstance(weight, (int, float)):
+            schedule, single = None, _number(weight, "weight")
+        else:
+            schedule, single = tuple(_number(value, "weight") for value in weight), held.dial.weight
+            if held.mode == "fuse":
+                raise ArgumentError(
+                    f"{name!r} is fused into the weights, which have one strength; for a schedule load it "
+                    "with mode='attach'."
+                )
+            if not schedule:
+                raise ArgumentError("weight is an empty schedule; give one strength per step.")
+        with self._guarded(is_needed=held.mode == "fuse"):
+            held.dial.weight, held.dial.schedule, held.dial.is_on = single, schedule, True
+            self._remake(held)
+
+    def disable(self, name: str | None = None) -> None:
+        """See `ModelManager.disable_lora`."""
+        chosen = list(self._held.values()) if name is None else [self._find(name)]
+        with self._guarded(is_needed=any(held.mode == "fuse" for held in chosen)):
+            for held in chosen:
+                held.dial.is_on = False
+                self._remake(held)
+
+    def unload(self, name: str | None = None) -> None:
+        """See `ModelManager.unload_lora`."""
+        chosen = list(self._held.values()) if name is None else [self._find(name)]
+        with self._guarded():
+            for held in chosen:
+                del self._held[held.dial.name]
+                if held.mode == "attach":
+                    for entry, _ in held.changes:
+                        detach(entry.model, held.dial)
+                self._remake(held)
+
+    def begin(self, num_steps: int) -> None:
+        """A generation of so many steps begins: schedules stand at their first strength.
+
+        Raises:
+            ArgumentError: when a schedule has another length.
+        """
+        for held in self._held.values():
+            schedule = held.dial.schedule
+            if schedule is not None and len(schedule) != num_steps:
+                raise ArgumentError(
+                    f"set_lora({held.dial.name!r}, ...) gave {len(schedule)} strengths and this call has "
+                    f"{num_steps} steps; give one per step."
+                )
+        self.advance(0)
+
+    def advance(self, step: int) -> bool:
+        """Step ``step`` comes next; whether a strength is another than when the last one began."""
+        for held in self._held.values():
+            held.dial.step = step
+        before, self._values = self._values, [held.dial.value for held in self._held.values()]
+        return before != self._values
+
+    def _planned(self, path: PathLike, name: str, mode: Mode, weight: float, network: str | None) -> _Held:
+        """Everything about a file that can fail, before anything is changed."""
+        checkpoint = Checkpoint.open(path)
+        _require_lora(checkpoint)
+        entries = [entry for entry in self._loaded if _takes_loras(entry)]
+        if not entries:
+            raise LoRAError(
+                f"{checkpoint.source} is a LoRA, and no manager holds a DiT for it; load the model "
+                "first, with load_models."
+            )
+        layers = {n.rpartition(".")[0] for entry in entries for n in entry.match.checkpoint.shapes}
+        held = _Held(dial=Dial(name, weight), mode=mode)
+        for lora in read_loras(checkpoint, layers):
+            role: Role | None = "high" if network == "high" else "low" if network == "low" else lora.role
+            chosen = _chosen(with_role(lora, role), entries, network)
+            changes, missing = fit(lora, [_network(entry) for entry in chosen])
+            _check_finite(lora, [change for some in changes for change in some.values()])
+            own = [(entry, some) for entry, some in zip(chosen, changes, strict=True) if some]
+            held.changes += own
+            lost = {key for keys in missing.values() for key in keys}
+            report = LoRAReport(
+                name=name, source=lora.source, lora=lora, mode=mode, weight=weight,
+                fitted={_title(entry, entries): _num_layers(some) for entry, some in own},
+                num_keys_read=lora.num_keys - len(lost), missing=missing,
+            )  # fmt: skip
+            held.reports.append(report)
+        self._check_together(held)
+        return held
+
+    def _check_together(self, new: _Held) -> None:
+        """A DoRA scales the whole weight: what is fused there and what is attached would not add up."""
+        for old in self._held.values():
+            for entry, some in new.changes if old.mode != new.mode else ():
+                own = old.names_in(entry)
+                for name in some:
+                    if name in own and any(isinstance(c, Decomposed) for c in (some[name], own[name])):
+                        raise ArgumentError(
+                            f"{new.dial.name!r} and {old.dial.name!r} both change {name}, and one of them is "
+                            f"a DoRA, which rescales it: load both with the same mode ({old.mode!r})."
+                        )
+
+    def _put(self, held: _Held) -> None:
+        self._held[held.dial.name] = held
+        if held.mode == "fuse":
+            self._remake(held)
+            return
+        for entry, changes in held.changes:
+            originals = {
+                name: original_tensor(entry.model, entry.match.checkpoint, name)
+                for name, change in changes.items()
+                if isinstance(change, Decomposed)
+            }
+            attach(entry.model, changes, held.dial, originals)
+
+    def _remake(self, held: _Held) -> None:
+        """Make every weight anew that this LoRA is, or was, fused into."""
+        if held.mode != "fuse":
+            return
+        fused = [one for one in self._held.values() if one.mode == "fuse" and one.dial.value != 0.0]
+        for entry, changes in held.changes:
+            by_lora = [(one.names_in(entry), one.dial.value) for one in fused]
+            for name in changes:
+                sums = [(some[name], weight) for some, weight in by_lora if name in some]
+                fuse(entry.model, entry.match.checkpoint, name, sums)
+
+    def _find(self, name: str) -> _Held:
+        if name not in self._held:
+            loaded = ", ".join(map(repr, self._held)) or "none"
+            raise ArgumentError(f"No LoRA is named {name!r}; loaded: {loaded}.")
+        return self._held[name]
+
+    @contextmanager
+    def _guarded(self, is_needed: bool = True) -> Iterator[None]:
+        self._guards = [guard for guard in self._guards if guard() is not None]
+        with ExitStack() as stack:
+            for guard in self._guards if is_needed else ():
+                if (around := guard()) is not None:
+                    stack.enter_context(around())
+            with torch.no_grad():
+                yield
+
+
+def _number(value: object, argument: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1000 < value < 1000:
+        raise ArgumentError(f"{argument} is {value!r}; give a strength such as 1.0 (as trained) or 0.8.")
+    return float(value)
+
+
+def _require_lora(checkpoint: Checkpoint) -> None:
+    if is_lora(checkpoint):
+        return
+    try:
+        found = detect(checkpoint, ARCHITECTURES)
+    except UnknownCheckpointError:
+        return  # the reader says that nothing in it is a LoRA's
+    raise LoRAError(
+        f"{checkpoint.source} is a model ({found[0].needs}), not a LoRA: load it with load_models(PATH)."
+    )
+
+
+def _takes_loras(entry: LoadedModel) -> bool:
+    from diffsynth.models.wan.adapters.adapter import DiTAdapter
+    from diffsynth.models.wan.dit import WanDiT
+
+    return isinstance(entry.model, (WanDiT, DiTAdapter))
+
+
+def _role(entry: LoadedModel, entries: Sequence[LoadedModel]) -> Role | None:
+    """Which expert a network belongs to; by order of loading where no path tells. None: to the only one."""
+    dits = [one for one in entries if one.name == "wan_video_dit"]
+    if len(dits) != 2:
+        return entry.match.role
+    if entry.match.role is not None or entry not in dits:
+        return entry.match.role
+    other = dits[1 - dits.index(entry)].match.role
+    if other is not None:
+        return "low" if other == "high" else "high"
+    return "high" if entry is dits[0] else "low"
+
+
+def _chosen(lora: LoRA, entries: Sequence[LoadedModel], network: str | None) -> list[LoadedModel]:
+    """The networks that a LoRA is for: those of its expert, or those that the caller names."""
+    names = sorted({entry.name for entry in entries})
+    if network not in (None, "high", "low", *names):
+        raise ArgumentError(f"network is {network!r}; give 'high', 'low', or one of {', '.join(names)}.")
+    if network in names:
+        return [entry for entry in entries if entry.name == network]
+    roles = {id(entry): _role(entry, entries) for entry in entries}
+    chosen = [entry for entry in entries if lora.role is None or roles[id(entry)] in (None, lora.role)]
+    if not chosen:
+        other = "low" if lora.role == "high" else "high"
+        raise LoRAError(
+            f"{lora.source} is for the {lora.role}-noise expert, which is not loaded. Load it, or say "
+            f"network={other!r} to use the LoRA on the other one."
+        )
+    return chosen
+
+
+def _network(entry: LoadedModel) -> Network:
+    return Network(
+        title=entry.match.needs, source=entry.match.checkpoint.source, shapes=entry.match.checkpoint.shapes
+    )
+
+
+def _title(entry: LoadedModel, entries: Sequence[LoadedModel]) -> str:
+    role = _role(entry, entries)
+    return entry.name if role is None else f"{entry.name} ({role} noise)"
+
+
+def _num_layers(changes: Mapping[str, Change]) -> int:
+    return len({name.rpartition(".")[0] for name in changes})
+
+
+def _check_finite(lora: LoRA, changes: Sequence[Change]) -> None:
+    for change in changes:
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(change).values()):
+            name = next(
+                n for n, layer in lora.layers.items() if change is layer.weight or layer.bias is not None
+            )
+            raise LoRAError(f"{lora.source} holds NaN or infinity, at {name} or nearby; download it again.")

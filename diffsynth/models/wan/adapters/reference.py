@@ -1,0 +1,95 @@
+"""The reference adapter of Fun V1.1 Control: one picture becomes tokens in front of the video's.
+
+Letters: B batch, C latent channels, H W latent height and width, h w the same in patches, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from diffsynth.conditioning.reference import Reference
+from diffsynth.errors import ArgumentError, ConfigurationError
+from diffsynth.models.wan.adapters.adapter import DiTAdapter
+from diffsynth.ops.rope import video_rotation
+
+if TYPE_CHECKING:
+    from diffsynth.models.wan.dit import WanDiT
+    from diffsynth.models.wan.dit_config import DiTConfig
+    from diffsynth.models.wan.stream import TokenStream
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceConfig:
+    """Sizes of the reference adapter."""
+
+    dim: int  # width of the DiT
+    in_dim: int  # latent channels
+    kernel_size: tuple[int, int] = (2, 2)  # latent rows and columns of one token
+
+
+class ReferenceAdapter(DiTAdapter):
+    """Puts the tokens of a reference picture in front of the video's, and moves the video one frame on.
+
+    The picture stands at time 0 of the rotary positions and the video from 1; its tokens follow the clock of
+    the video's last frame and are not part of the velocity. Without a picture there are no such tokens.
+
+    Source: wan_numerics 10.3; DiffSynth-Studio ``pipelines/wan_video.py`` model_fn_wan_video.
+    """
+
+    name = "reference"
+
+    def __init__(self, config: ReferenceConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.ref_conv = nn.Conv2d(config.in_dim, config.dim, config.kernel_size, stride=config.kernel_size)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, object]) -> ReferenceAdapter:
+        """Build from plain sizes, as a checkpoint's header tells them."""
+        rows, columns = cast("tuple[int, int]", config["kernel_size"])
+        sizes = ReferenceConfig(
+            dim=cast("int", config["dim"]), in_dim=cast("int", config["in_dim"]), kernel_size=(rows, columns)
+        )
+        return cls(sizes)
+
+    def join(self, dit: DiTConfig) -> None:
+        own = self.config
+        if (own.in_dim, own.kernel_size) != (dit.out_dim, dit.patch_size[1:]):
+            raise ConfigurationError(
+                f"The reference adapter reads {own.in_dim} channels in patches of {own.kernel_size} and its "
+                f"DiT makes {dit.out_dim} in patches of {dit.patch_size[1:]}; load the pair that belongs "
+                "together."
+            )
+
+    def extend(self, stream: TokenStream, given: object, dit: WanDiT) -> TokenStream:
+        assert isinstance(given, Reference)
+        x, video, (f, h, w) = stream.x, stream.video, stream.grid
+        grid = self.ref_conv(given.latents[:, :, 0].to(x.device, x.dtype))
+        if given.latents.shape[2] != 1 or grid.shape[2:] != (h, w):
+            size = [n * k for n, k in zip((h, w), self.config.kernel_size, strict=True)]
+            raise ArgumentError(
+                f"the reference's latents are {tuple(given.latents.shape[2:])}, one frame of {size[0]} x "
+                f"{size[1]} is expected; encode the picture at the size of the video."
+            )
+        tokens = grid.flatten(2).transpose(1, 2).expand(x.shape[0], -1, -1)
+        added, start = tokens.shape[1], video.start
+        rotary = video_rotation((f + 1, h, w), dit.config.dim // dit.config.num_heads, x.device)
+        others = (stream.rotary[:start], stream.rotary[video.stop :])
+        if any(len(other) for other in others):
+            rotary = torch.cat([others[0], rotary, others[1]])
+        clock = stream.clock
+        if clock is not None:
+            own = clock[video.stop - 1].expand(added)
+            clock = torch.cat([clock[:start], own, clock[start:]])
+        return replace(
+            stream,
+            x=torch.cat([x[:, :start], tokens, x[:, start:]], dim=1),
+            rotary=rotary,
+            video=slice(start + added, video.stop + added),
+            clock=clock,
+        )

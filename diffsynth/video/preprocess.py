@@ -1,0 +1,219 @@
+"""Control videos out of ordinary ones: grey, lines, motion, depth, poses.
+
+Frames come in and go out one by one, uint8 (H, W, 3), so that a video of any length takes the memory of a few
+frames. OpenCV, transformers and rtmlib are imported when a task first needs them; ``pip install
+'diffsynth[control]'`` brings all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from diffsynth.errors import ArgumentError, MissingPackageError
+from diffsynth.video.flow_colours import flow_colours
+from diffsynth.video.pixels import Frames, as_rgb8, iterate_frames
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Pixels: TypeAlias = NDArray[np.uint8]  # (H, W, 3)
+Step: TypeAlias = Callable[[Pixels], Pixels]
+Task: TypeAlias = Callable[[Iterator[Pixels]], Iterator[Pixels]]
+
+CANNY_THRESHOLDS = (100, 200)  # of gradients in 8 bits; those of VideoX-Fun's control videos
+SCRIBBLE_THRESHOLDS = (40, 120)  # after a blur, which leaves the outlines
+SCRIBBLE_SIGMA = 2.0  # pixels
+EXTRA = "pip install 'diffsynth[control]'"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What a task may be told besides the frames."""
+
+    model: str | Path | None = None  # of depth and pose: folder of weights, or of depth: a hub id
+    download: bool = False  # let missing weights be downloaded; without it nothing uses the network
+    device: str = "cpu"
+
+
+def preprocess(frames: Frames, task: str, options: Options | None = None) -> Iterator[Pixels]:
+    """Yield a control video, frame by frame.
+
+    Args:
+        frames: whatever `save_video` takes; all of one size.
+        task: one of `TASKS`.
+        options: of depth and pose.
+
+    Raises:
+        ArgumentError: at once for an unknown task, or options that it does not read.
+        MissingPackageError: at once when a package is not installed; says how to install it.
+    """
+    if task not in TASKS:
+        raise ArgumentError(f"task is {task!r}; known: {', '.join(TASKS)}.")
+    options = options or Options()
+    if task not in WITH_MODEL and options != Options():
+        raise ArgumentError(
+            f"model, download and device are for {' and '.join(WITH_MODEL)}; task {task!r} reads none of "
+            "them."
+        )
+    return TASKS[task](options)(as_rgb8(frame, index) for index, frame in enumerate(iterate_frames(frames)))
+
+
+def _each(step: Step) -> Task:
+    """A task that sees one frame at a time."""
+    return lambda frames: map(step, frames)
+
+
+def _package(module: str, task: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingPackageError(module, f"task {task!r}", EXTRA) from error
+
+
+def _grey(options: Options) -> Task:
+    """Luma, as three equal channels."""
+    return _each(lambda pixels: np.asarray(Image.fromarray(pixels).convert("L").convert("RGB")))
+
+
+def _canny(options: Options) -> Task:
+    """White lines on black where brightness jumps."""
+    cv2 = _package("cv2", "canny")
+    return _each(
+        lambda pixels: _lines(cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), *CANNY_THRESHOLDS))
+    )
+
+
+def _scribble(options: Options) -> Task:
+    """Thick outlines: small detail is blurred away first."""
+    cv2 = _package("cv2", "scribble")
+    brush = np.ones((3, 3), np.uint8)
+
+    def step(pixels: Pixels) -> Pixels:
+        blurred = cv2.GaussianBlur(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), (0, 0), SCRIBBLE_SIGMA)
+        return _lines(cv2.dilate(cv2.Canny(blurred, *SCRIBBLE_THRESHOLDS), brush))
+
+    return _each(step)
+
+
+def _lines(drawn: NDArray[np.uint8]) -> Pixels:
+    return np.repeat(drawn[:, :, None], 3, axis=2)
+
+
+def _flow(options: Options) -> Task:
+    """Motion since the frame before, as colours; the first frame shows those of the second.
+
+    VACE was taught with the flow of a network (RAFT), in the same colours; this is OpenCV's DIS.
+    """
+    cv2 = _package("cv2", "flow")
+    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+
+    def colours(frames: Iterator[Pixels]) -> Iterator[Pixels]:
+        before: NDArray[np.uint8] | None = None
+        is_first = True
+        for pixels in frames:
+            grey: NDArray[np.uint8] = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+            if before is not None:
+                drawn = flow_colours(search.calc(before, grey, None))
+                yield from [drawn, drawn] if is_first else [drawn]
+                is_first = False
+            before = grey
+        if is_first and before is not None:
+            yield flow_colours(np.zeros((*before.shape, 2), np.float32))  # a picture: nothing moves
+
+    return colours
+
+
+def _depth(options: Options) -> Task:
+    """Near is white, far is black, each frame over its own range, as VACE's own control videos."""
+    transformers = _package("transformers", "depth")
+    torch = _package("torch", "depth")
+    if options.model is None:
+        raise ArgumentError(
+            "task 'depth' needs model: a folder of a depth model of transformers, or with download its id on "
+            "the hub, such as depth-anything/Depth-Anything-V2-Small-hf."
+        )
+    place = {"local_files_only": not options.download}
+    try:
+        reader = transformers.AutoImageProcessor.from_pretrained(options.model, **place)
+        network = transformers.AutoModelForDepthEstimation.from_pretrained(options.model, **place)
+    except OSError as error:
+        raise ArgumentError(
+            f"model is {str(options.model)!r}, where no depth model was found; give a folder, or allow the "
+            "download."
+        ) from error
+    network = network.to(options.device).eval()
+
+    def step(pixels: Pixels) -> Pixels:
+        with torch.no_grad():
+            found = network(**reader(images=Image.fromarray(pixels), return_tensors="pt").to(options.device))
+        sizes = [pixels.shape[:2]]
+        near = reader.post_process_depth_estimation(found, target_sizes=sizes)[0]["predicted_depth"].float()
+        span = (near.max() - near.min()).clamp(min=1e-6)
+        levels = ((near - near.min()) / span * 255).round().byte().cpu().numpy()
+        return _lines(levels)
+
+    return _each(step)
+
+
+def _pose(options: Options) -> Task:
+    """Bodies, hands and faces as coloured lines on black, in OpenPose's colours."""
+    rtmlib = _package("rtmlib", "pose")
+    finder = rtmlib.Wholebody(**_pose_models(options), to_openpose=True, device=options.device)
+
+    def step(pixels: Pixels) -> Pixels:
+        # The finder and the drawing both take blue first, as OpenCV does.
+        points, scores = finder(np.ascontiguousarray(pixels[:, :, ::-1]))
+        drawn = rtmlib.draw_skeleton(
+            np.zeros_like(pixels), points, scores, openpose_skeleton=True, kpt_thr=0.43
+        )
+        return np.ascontiguousarray(drawn[:, :, ::-1])
+
+    return _each(step)
+
+
+def _pose_models(options: Options) -> Mapping[str, Any]:
+    """Which networks `rtmlib.Wholebody` uses: two of a folder, or its own, which it downloads."""
+    from pathlib import Path
+
+    if options.model is None:
+        if options.download:
+            return {"mode": "balanced"}
+        raise ArgumentError(
+            "task 'pose' needs model: a folder with det.onnx (YOLOX) and pose.onnx (RTMW), or download to "
+            "let rtmlib fetch its own."
+        )
+    session = _package("onnxruntime", "pose").InferenceSession
+    found: dict[str, Any] = {}
+    for part in ("det", "pose"):
+        file = Path(options.model) / f"{part}.onnx"
+        if not file.is_file():
+            raise ArgumentError(f"{file} does not exist; task 'pose' needs det.onnx and pose.onnx there.")
+        height, width = session(str(file)).get_inputs()[0].shape[2:]
+        if not (isinstance(height, int) and isinstance(width, int)):
+            raise ArgumentError(
+                f"{file} takes pictures of any size; task 'pose' needs a network exported for one size, as "
+                "those of rtmlib are."
+            )
+        # rtmlib names the detector's size (height, width) and the pose's (width, height)
+        found[part], found[f"{part}_input_size"] = (
+            str(file), (height, width) if part == "det" else (width, height)
+        )  # fmt: skip
+    return found
+
+
+TASKS: Mapping[str, Callable[[Options], Task]] = {
+    "grey": _grey,
+    "canny": _canny,
+    "scribble": _scribble,
+    "flow": _flow,
+    "depth": _depth,
+    "pose": _pose,
+}
+WITH_MODEL = ("depth", "pose")
