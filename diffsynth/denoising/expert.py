@@ -68,6 +68,10 @@ class Experts:
         together = [branches] if self._interleaves else [[branch] for branch in branches]
         return [v for some in together for v in expert.dit(latents, timestep, some, self.step_cache)]
 
+    def forget(self) -> None:
+        """Prepare anew at the next step: the weights that prepared branches came from have changed."""
+        self._branches.clear()
+
     def _branch(self, expert: Expert, is_high: bool, side: Conditions, index: int) -> Branch:
         slot = (is_high, index)
         kept = self._branches.get(slot)

@@ -21,14 +21,15 @@ class Fp8Policy:
     Norms, biases, modulation, embeddings and heads are no Linear layers of blocks, and stay wide everywhere.
     """
 
-    num_edge_blocks: int = 0  # at either end of ``blocks`` that stay wide: errors show most there
+    blocks: str = "blocks"  # the name of the list of blocks in checkpoints
+    num_edge_blocks: int = 0  # at either end of it that stay wide: errors show most there
     multiplies: tuple[str, ...] = ()  # beginnings of names inside a block: these may also multiply in fp8
 
     def layers(self, network: nn.Module) -> dict[str, nn.Linear]:
         """The layers, by name."""
-        blocks = list(network.get_submodule("blocks").named_children())
+        blocks = list(network.get_submodule(self.blocks).named_children())
         return {
-            f"blocks.{index}.{name}": layer
+            f"{self.blocks}.{index}.{name}": layer
             for index, block in blocks[self.num_edge_blocks : len(blocks) - self.num_edge_blocks]
             for name, layer in block.named_modules()
             if isinstance(layer, nn.Linear)
@@ -36,7 +37,7 @@ class Fp8Policy:
 
     def may_multiply(self, name: str) -> bool:
         """Whether the layer of this name may multiply in fp8."""
-        return name.split(".", 2)[2].startswith(self.multiplies)
+        return name.removeprefix(f"{self.blocks}.").partition(".")[2].startswith(self.multiplies)
 
 
 def put_fp8_layers(network: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from diffsynth.conditioning.tokenizer import Tokenizer, find_tokenizer
 from diffsynth.denoising.expert import Expert
 from diffsynth.errors import AmbiguousModelError, ConfigurationError, TokenizerNotFoundError
+from diffsynth.models.loras import LoRAs
 from diffsynth.models.model_manager import LoadedModel, ModelManager
 from diffsynth.models.wan.dit import WanDiT
 from diffsynth.models.wan.image_encoder import WanImageEncoder
@@ -41,6 +42,7 @@ class PipelineComponents:
     tokenizer: Tokenizer | None = None
     image_encoder: WanImageEncoder | None = None
     vae: WanVideoVAE | None = None
+    loras: LoRAs = field(default_factory=lambda: LoRAs([]))  # of the manager
     boundary: float = BOUNDARY_T2V
     family: str = "t2v"
     known_words: frozenset[str] = frozenset()
@@ -108,7 +110,7 @@ def collect(
         TokenizerNotFoundError: when the text encoder's tokenizer is not found; says where it was looked for.
         ConfigurationError: when sizes of two parts do not fit.
     """
-    parts = PipelineComponents(device=device, dtype=dtype)
+    parts = PipelineComponents(device=device, dtype=dtype, loras=manager.loras)
     _take_dits(parts, _pick_dits(manager, dit), manager.loaded)
     for name, attribute in ENCODERS.items():
         found = [entry for entry in manager.loaded if entry.name == name]

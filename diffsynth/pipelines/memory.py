@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -11,7 +12,7 @@ import torch
 
 from diffsynth.errors import ArgumentError
 from diffsynth.pipelines.components import PipelineComponents
-from diffsynth.pipelines.request import VideoRequest, usual_values
+from diffsynth.pipelines.request import TEMPORAL_STRIDE, VideoRequest, usual_values
 from diffsynth.vram_management.plan import (
     DiTSizes,
     LayerSpec,
@@ -80,8 +81,11 @@ def sizes_of(request: VideoRequest) -> CallSizes:
     """The sizes of a call."""
     is_guided = request.cfg_scale != 1.0 or request.cfg_scale_low_noise != 1.0
     geometry = request.geometry
+    # An Inputs that puts latent frames in front of the video's says how many.
+    extra_frames = sum(getattr(inputs, "extra_frames", 0) for inputs in request.inputs.values())
     return CallSizes(
-        height=geometry.height, width=geometry.width, num_frames=geometry.num_frames,
+        height=geometry.height, width=geometry.width,
+        num_frames=geometry.num_frames + TEMPORAL_STRIDE * extra_frames,
         num_videos=geometry.num_videos, num_branches=2 if is_guided else 1,
     )  # fmt: skip
 
@@ -160,6 +164,18 @@ class MemoryManager:
         self._follow(None)
         self.residency.close()
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Plain networks while their layers are changed; afterwards the limits hold again."""
+        limits = self._limits
+        self.release()
+        try:
+            yield
+        finally:
+            self.residency.close()
+            if limits is not None:
+                self.limit(limits)
+
     def _move_to_host(self) -> None:
         for name, network in self._parts.networks().items():
             if network is not None and any(p.device.type != "cpu" for p in network.parameters()):
@@ -177,6 +193,7 @@ class MemoryManager:
             self.residency.arrange(after)
         for expert in (self._parts.high, self._parts.low):
             if expert is not None:
-                expert.dit.keeps_keys = plan is None or plan.keeps_keys
+                for network in (expert.dit, *expert.adapters):
+                    network.keeps_keys = plan is None or plan.keeps_keys  # type: ignore[assignment]
                 expert.dit.ffn_chunk_tokens = None if plan is None else plan.ffn_chunk_tokens
         self.plan = plan

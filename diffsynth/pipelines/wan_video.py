@@ -24,6 +24,7 @@ from diffsynth.pipelines.components import PipelineComponents, collect
 from diffsynth.pipelines.decoding import Tiling, VideoDecoder
 from diffsynth.pipelines.describe import describe, describe_memory
 from diffsynth.pipelines.kernels import choose_kernels
+from diffsynth.pipelines.loras import LoRAMethods
 from diffsynth.pipelines.memory import MemoryLimits, MemoryManager
 from diffsynth.pipelines.noise import chosen_seed, draw_noise, prepared_sampler
 from diffsynth.pipelines.request import CallOptions, VideoRequest, call_signature, read_request
@@ -42,7 +43,7 @@ logger = logging.getLogger("diffsynth")
 Precision = Literal["official", "v1"]
 
 
-class WanVideoPipeline:
+class WanVideoPipeline(LoRAMethods):
     """Turns a request into a video; see `__call__`.
 
     Args:
@@ -61,6 +62,7 @@ class WanVideoPipeline:
         self._residency = self._memory.residency
         self._is_interrupted = False
         self._in_use = Lock()
+        parts.loras.guard(self._resting)
 
     @classmethod
     def from_model_manager(
@@ -297,6 +299,12 @@ class WanVideoPipeline:
         finally:
             self._in_use.release()
 
+    @contextmanager
+    def _resting(self) -> Iterator[None]:
+        """Between calls, with plain networks: for a change of their layers."""
+        with self._alone(), self._memory.suspended():
+            yield
+
     def _generate(self, arguments: Mapping[str, object]) -> Videos:
         self._is_interrupted = False
         request = read_request(arguments, self.parts, self.precision)
@@ -307,6 +315,7 @@ class WanVideoPipeline:
         if self.parts.vae is None and request.options.output_type != "latent":
             raise MissingModelError("No VAE is loaded; load Wan2.1_VAE.pth, or ask for output_type='latent'.")
         sampler = prepared_sampler(request)
+        self.parts.loras.begin(len(sampler.timesteps))
         seed = chosen_seed(request)
         self.last_settings = {**request.settings, **({} if seed is None else {"seed": seed})}
         self._memory.prepare(request)
@@ -343,12 +352,12 @@ class WanVideoPipeline:
             latents = denoise(
                 experts, sampler, latents, positive=conditions.positive, negative=conditions.negative,
                 plan=plan, guidance=Guidance(high=request.cfg_scale, low=request.cfg_scale_low_noise),
-                on_step=self._on_step(options), progress=options.progress_bar_cmd,
+                on_step=self._on_step(options, experts), progress=options.progress_bar_cmd,
                 timestep_dtype=self.parts.dtype if is_v1 else None,
             )  # fmt: skip
         return plan.trim(latents).float()
 
-    def _on_step(self, options: CallOptions) -> OnStep:
+    def _on_step(self, options: CallOptions, experts: Experts) -> OnStep:
         def on_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
             if options.callback_on_step_end is not None:
                 changed = options.callback_on_step_end(self, step, timestep, {"latents": latents})
@@ -356,6 +365,8 @@ class WanVideoPipeline:
             if self._is_interrupted:
                 logger.info("Stopped after step %d.", step + 1)
                 return None
+            if self.parts.loras.advance(step + 1):
+                experts.forget()
             return latents
 
         return on_step

@@ -97,13 +97,13 @@ def dit_activations(
         tokens: L, with those that an adapter adds.
         interleaves: both sides of the guidance are under way: one more stream.
         ffn_chunk_tokens: None is the network's default.
-        num_vace_blocks: each leaves a stream of hints, and VACE has a stream of its own.
+        num_vace_blocks: with any, VACE has a stream of its own; each hint is added as soon as it is there.
     """
     num_live = work.num_branches if interleaves else 1
     stream = work.batch * tokens * dit.dim * work.element_bytes
     chunk = min(tokens, ffn_chunk_tokens or FFN_CHUNK_TOKENS[work.device])
     stages = block_stages(dit, work, stream=stream, chunk_tokens=chunk)
-    hints = (num_vace_blocks + 1) * stream if num_vace_blocks else 0
+    hints = stream if num_vace_blocks else 0
     waiting = (num_live - 1) * stream + num_live * hints
     return max(waiting + max(stages.values()), dit.dim**2 * FLOAT32) + _lasting(dit, work, tokens)
 

@@ -100,7 +100,8 @@ def kept_key_bytes(scene: Scene, names: tuple[str, ...], way: Way) -> int:
     """Of all blocks of one DiT, beyond those of one block, which are always there."""
     if not way.keeps_keys:
         return 0
-    return key_bytes(scene.dit, scene.work, num_blocks=len(scene.sizes[names[0]].blocks) - 1)
+    num_blocks = sum(len(scene.sizes[n].blocks) for n in names if n == names[0] or n.startswith("vace"))
+    return key_bytes(scene.dit, scene.work, num_blocks=num_blocks - 1)
 
 
 def slots_bytes(size: NetworkSize, way: Way) -> int:

@@ -21,6 +21,7 @@ from diffsynth.conditioning.vace import VaceCondition
 from diffsynth.errors import ArgumentError, ConfigurationError
 from diffsynth.models.wan.adapters.adapter import DiTAdapter
 from diffsynth.models.wan.blocks import BlockSizes, CrossKeys, DiTBlock
+from diffsynth.ops.fp8_policy import Fp8Policy
 from diffsynth.ops.fused import add, spans_of
 from diffsynth.vram_management.visit import Visit, in_order
 
@@ -105,6 +106,7 @@ class VaceAdapter(DiTAdapter):
     """
 
     name = "vace"
+    fp8_policy = Fp8Policy(blocks="vace_blocks", multiplies=("self_attn.", "ffn."))
 
     def __init__(self, config: VaceConfig) -> None:
         super().__init__()
