@@ -47,6 +47,7 @@ FLAGS = {
         "--control-video", "--fit", "--reference-image", "--camera-control-direction",
         "--camera-control-speed", "--motion-bucket-id",
         "--input-video", "--input-image", "--end-image", "--resize", "--max-area", "--model",
+        "--lora",
         "--negative-prompt", "--no-tiled", "--num-frames", "--num-inference-steps", "--num-videos-per-prompt",
         "--out", "--pix-fmt", "--precision", "--preset", "--quality", "--quiet", "--sampler", "--seed", "--sigma-shift",
         "--steps", "--strict", "--switch-dit-boundary", "--tile-size", "--tile-stride", "--tiled",

@@ -18,7 +18,7 @@ from diffsynth.pipelines.wan_video import WanVideoPipeline
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(
     r"diffsynth ((?:generate|decode|plan|inspect|doctor)[^#\n`]*)",
-    "\n".join(re.findall(r"```\n(.*?)```", README, re.S)),
+    "\n".join(code for kind, code in re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M) if not kind),
 )
 
 

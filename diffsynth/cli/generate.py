@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from diffsynth.cli.output import (
     log_to_stderr,
     write_video,
 )
-from diffsynth.errors import ArgumentError, DiffSynthError, MissingModelError
+from diffsynth.errors import ArgumentError, CheckpointNotFoundError, DiffSynthError, MissingModelError
 from diffsynth.video import VideoData, check_output_path, load_image
 
 if TYPE_CHECKING:
@@ -57,11 +57,14 @@ def run_generate(prompt: str, given: Mapping[str, object]) -> None:
     with log_to_stderr(bool(values["quiet"])):
         arguments = _call_arguments(prompt, values)
         output = _check(values, arguments)
+        loras = _loras(values)
         started = time.monotonic()
         pipe = _load(values)
+        for path, strength in loras:
+            pipe.load_lora(path, strength)
         latents = _generate(pipe, arguments)
         tiles: dict[str, Any] = {name: arguments[name] for name in TILE_FLAGS if name in arguments}
-        settings = _settings(pipe, output)
+        settings = _settings(pipe, output, loras)
         # All of them before the first is decoded: what was computed is safe from here on.
         kept = [_keep(pipe, latents, output, i, each) for i, each in enumerate(settings)]
         for index, (path, file) in enumerate(zip(output.paths, kept, strict=True)):
@@ -122,6 +125,30 @@ def _check(values: Mapping[str, Any], arguments: dict[str, Any]) -> Output:
         if latents.exists():
             logger.warning("%s is there, of a run that did not end or kept it; it will be replaced.", latents)
     return output
+
+
+def _loras(values: Mapping[str, Any]) -> list[tuple[Path, float]]:
+    """File and strength of each ``--lora``; raises for a file that is not there."""
+    found = []
+    for given in values["lora"]:
+        path, strength = Path(given), 1.0
+        name, _, number = given.rpartition(":")
+        if not path.exists() and name and (told := _number(number)) is not None:
+            path, strength = Path(name), told
+        if not path.is_file():
+            raise CheckpointNotFoundError(
+                f"--lora {given}: {path} is no file; give FILE, or FILE:STRENGTH, such as "
+                "style.safetensors:0.8."
+            )
+        found.append((path, strength))
+    return found
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _load(values: Mapping[str, Any]) -> WanVideoPipeline:
@@ -199,13 +226,17 @@ def _generate(pipe: WanVideoPipeline, arguments: Mapping[str, Any]) -> Tensor:
     return latents
 
 
-def _settings(pipe: WanVideoPipeline, output: Output) -> list[dict[str, object]]:
+def _settings(
+    pipe: WanVideoPipeline, output: Output, loras: Sequence[tuple[Path, float]]
+) -> list[dict[str, object]]:
     """What goes into each file: enough to make it again, and no path of this machine."""
     from diffsynth.pipelines.saved_latents import provenance
 
     settings = provenance(pipe.parts, pipe.precision, pipe.last_settings)
     for name in ("num_videos_per_prompt", "strict", "output_type"):  # of the run, not of this video
         settings.pop(name, None)
+    if loras:
+        settings["loras"] = {path.name: strength for path, strength in loras}
     if not output.is_picture:
         settings["fps"] = output.fps or float(str(pipe.parts.generation.get("fps", FPS)))
     seed = settings.get("seed")

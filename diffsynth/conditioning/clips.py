@@ -47,6 +47,24 @@ def clip_to_tensor(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | 
     )
 
 
+def check_length(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | None) -> None:
+    """Raise where `fitted_frames` would, before a frame is read; what comes one by one is not counted.
+
+    Args:
+        frames: as in `clip_to_tensor`.
+        geometry: of the generation.
+        name: of the argument, for errors.
+        fit: as in `fitted_frames`.
+
+    Raises:
+        ArgumentError: for an unknown ``fit``, what is no video, an empty one or a length that ``fit`` does
+            not mend.
+    """
+    _check_fit(fit)
+    if not isinstance(frames, Iterator):
+        _checked_length(_counted(frames), geometry, name, fit)
+
+
 def fitted_frames(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | None) -> Iterator[Frame]:
     """Yield ``geometry.num_frames`` frames of a video, one at a time.
 
@@ -60,18 +78,28 @@ def fitted_frames(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | N
     Raises:
         ArgumentError: for an unknown ``fit``, an empty video or a length that ``fit`` does not mend.
     """
+    _check_fit(fit)
+    counted, wanted = _counted(frames), geometry.num_frames
+    length = _checked_length(counted, geometry, name, fit)
+    if length != wanted:
+        logger.info("%s has %d frames and %d are made: fit=%r.", name, length, wanted, fit)
+    return _held(counted, wanted)
+
+
+def _check_fit(fit: Fit | None) -> None:
     if fit is not None and fit not in FITS:
         raise ArgumentError(f'fit is {fit!r}; give "trim" or "hold", or leave it out.')
-    counted = _counted(frames)
+
+
+def _checked_length(counted: Frames, geometry: Geometry, name: str, fit: Fit | None) -> int:
+    """Frames of a video whose number is known; raises for a number that ``fit`` does not mend."""
     length, wanted = _length_of(counted), geometry.num_frames
     if length == 0:
         raise ArgumentError(f"{name} is empty; give {wanted} frames.")
-    if length != wanted:
-        mends = "trim" if length > wanted else "hold"
-        if fit != mends:
-            raise ArgumentError(_wrong_length(name, length, wanted, mends))
-        logger.info("%s has %d frames and %d are made: fit=%r.", name, length, wanted, fit)
-    return _held(counted, wanted)
+    mends = "trim" if length > wanted else "hold"
+    if length != wanted and fit != mends:
+        raise ArgumentError(_wrong_length(name, length, wanted, mends))
+    return length
 
 
 def _wrong_length(name: str, length: int, wanted: int, mends: str) -> str:

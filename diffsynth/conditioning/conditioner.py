@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -114,7 +114,7 @@ class Components(Protocol):
 
 
 class Conditioner(Protocol):
-    """One kind of input."""
+    """One kind of input. It may also be a `SizeChecker`."""
 
     Inputs: ClassVar[type]  # frozen dataclass: the arguments of pipe() that it reads
     encoder: ClassVar[str | None]  # the one model it needs on the GPU, or None
@@ -129,6 +129,15 @@ class Conditioner(Protocol):
 
     def encode(self, inputs: Any, geometry: Geometry, parts: Components) -> Contribution:
         """Do it; `encoder` is on the device if it is needed."""
+        ...
+
+
+@runtime_checkable
+class SizeChecker(Protocol):
+    """A conditioner that also knows, before any model moves, whether its input fits the sizes of a call."""
+
+    def check(self, inputs: Any, geometry: Geometry, parts: Components) -> None:
+        """Raise for an input that `applies` and yet does not fit, such as a video of another length."""
         ...
 
 

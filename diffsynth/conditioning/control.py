@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from diffsynth.conditioning.clips import Fit, clip_to_tensor
+from diffsynth.conditioning.clips import Fit, check_length, clip_to_tensor
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution
 from diffsynth.errors import ArgumentError, MissingModelError, UnusedInputError
@@ -58,6 +58,10 @@ class ControlConditioner:
 
     def needs_encoder(self, inputs: ControlInputs, parts: Components) -> bool:
         return True
+
+    def check(self, inputs: ControlInputs, geometry: Geometry, parts: Components) -> None:
+        assert inputs.control_video is not None
+        check_length(inputs.control_video, geometry, name="control_video", fit=inputs.fit)
 
     def encode(self, inputs: ControlInputs, geometry: Geometry, parts: Components) -> Contribution:
         import torch

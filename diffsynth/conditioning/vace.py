@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffsynth.conditioning.clips import Fit, clip_to_tensor
+from diffsynth.conditioning.clips import Fit, check_length, clip_to_tensor
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution, LatentPlan
 from diffsynth.errors import ArgumentError, MissingModelError, UnusedInputError
@@ -125,6 +125,11 @@ class VaceConditioner:
 
     def needs_encoder(self, inputs: VaceInputs, parts: Components) -> bool:
         return True
+
+    def check(self, inputs: VaceInputs, geometry: Geometry, parts: Components) -> None:
+        for name in ("vace_video", "vace_video_mask"):
+            if (frames := getattr(inputs, name)) is not None:
+                check_length(frames, geometry, name=name, fit=inputs.fit)
 
     def encode(self, inputs: VaceInputs, geometry: Geometry, parts: Components) -> Contribution:
         scales = _scales(inputs)

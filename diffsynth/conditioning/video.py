@@ -54,17 +54,23 @@ class VideoConditioner:
     def needs_encoder(self, inputs: VideoInputs, parts: Components) -> bool:
         return True
 
+    def check(self, inputs: VideoInputs, geometry: Geometry, parts: Components) -> None:
+        assert inputs.input_video is not None
+        length = len(inputs.input_video)
+        if not length:
+            raise ArgumentError(f"input_video is empty; give {geometry.num_frames} frames or more.")
+        if length < geometry.num_frames:
+            raise ArgumentError(
+                f"input_video has {length} frames and num_frames is {geometry.num_frames}; "
+                f"give num_frames={(length - 1) // 4 * 4 + 1}, or a longer video."
+            )
+
     def encode(self, inputs: VideoInputs, geometry: Geometry, parts: Components) -> Contribution:
         import torch
 
         assert parts.vae is not None and inputs.input_video is not None
-        frames = inputs.input_video
-        if len(frames) < geometry.num_frames:
-            raise ArgumentError(
-                f"input_video has {len(frames)} frames and num_frames is {geometry.num_frames}; "
-                f"give num_frames={(len(frames) - 1) // 4 * 4 + 1}, or a longer video."
-            )
-        video = frames_to_tensor(frames[: geometry.num_frames], geometry.height, geometry.width)
+        frames = inputs.input_video[: geometry.num_frames]
+        video = frames_to_tensor(frames, geometry.height, geometry.width)
         with torch.no_grad():
             start = parts.vae.encode(
                 video.to(parts.device), tile_size=inputs.tile_size, tile_stride=inputs.tile_stride

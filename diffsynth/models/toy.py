@@ -75,12 +75,13 @@ KINDS: dict[str, tuple[Sizes, Mapping[str, Sizes]]] = {
 _folders: list[TemporaryDirectory[str]] = []  # removed when the program ends
 
 
-def toy_files(kind: str = "t2v", seed: int = 0) -> list[str]:
+def toy_files(kind: str = "t2v", seed: int = 0, *, num_layers: int = 2) -> list[str]:
     """Write a toy model into a folder that lives as long as the program, and return its files.
 
     Args:
         kind: which model; see `KINDS`.
         seed: of the weights.
+        num_layers: blocks of the DiT, at least 2.
 
     Raises:
         ArgumentError: for an unknown kind.
@@ -90,7 +91,7 @@ def toy_files(kind: str = "t2v", seed: int = 0) -> list[str]:
     _folders.append(TemporaryDirectory(prefix="diffsynth-toy-"))
     folder = Path(_folders[-1].name)
     changed, adapters = KINDS[kind]
-    sizes = {**DIT, **changed}
+    sizes = {**DIT, **changed, "num_layers": num_layers}
     beside = [_network(name, own) for name, own in adapters.items()]
     files = [
         _write(folder / "dit.safetensors", [_network("wan_video_dit", sizes), *beside], seed,

@@ -81,11 +81,9 @@ def sizes_of(request: VideoRequest) -> CallSizes:
     """The sizes of a call."""
     is_guided = request.cfg_scale != 1.0 or request.cfg_scale_low_noise != 1.0
     geometry = request.geometry
-    # An Inputs that puts latent frames in front of the video's says how many.
-    extra_frames = sum(getattr(inputs, "extra_frames", 0) for inputs in request.inputs.values())
     return CallSizes(
         height=geometry.height, width=geometry.width,
-        num_frames=geometry.num_frames + TEMPORAL_STRIDE * extra_frames,
+        num_frames=geometry.num_frames + TEMPORAL_STRIDE * request.extra_frames,
         num_videos=geometry.num_videos, num_branches=2 if is_guided else 1,
     )  # fmt: skip
 

@@ -31,7 +31,8 @@ def chosen_seed(request: VideoRequest) -> int | None:
     """The seed of a request, drawn if it gives none; None when the caller gives the noise itself.
 
     Raises:
-        ArgumentError: when both are given, or noise cannot be drawn where it is asked for.
+        ArgumentError: when both are given, the noise has another shape than the latents, or it cannot be
+            drawn where it is asked for.
     """
     options = request.options
     if options.latents is not None:
@@ -39,6 +40,7 @@ def chosen_seed(request: VideoRequest) -> int | None:
             raise ArgumentError(
                 "seed and latents are both given; latents are the noise that a seed would draw."
             )
+        _check_shape(options.latents, _noise_shape(request, request.extra_frames))
         return None
     _generator(options.rand_device)
     if options.seed is not None:
@@ -55,22 +57,29 @@ def draw_noise(request: VideoRequest, seed: int | None, extra_frames: int = 0) -
         ArgumentError: when the caller's noise has another shape.
     """
     options = request.options
-    num_videos, channels, num_frames, height, width = request.geometry.latent_shape
-    shape = (num_videos, channels, extra_frames + num_frames, height, width)
+    shape = _noise_shape(request, extra_frames)
     if options.latents is not None:
-        if tuple(options.latents.shape) != shape:
-            raise ArgumentError(
-                f"latents have shape {tuple(options.latents.shape)}; this request needs {shape}."
-            )
+        _check_shape(options.latents, shape)
         return options.latents.float()
     assert seed is not None
     generator, rows = _generator(options.rand_device), []
-    for index in range(num_videos):
+    for index in range(shape[0]):
         # float32 on the CPU whatever the device, unless asked otherwise: one seed, one video, on every
         # machine.
         generator.manual_seed(seed + index)
         rows.append(torch.randn((1, *shape[1:]), generator=generator, device=options.rand_device))
     return torch.cat(rows)
+
+
+def _noise_shape(request: VideoRequest, extra_frames: int) -> tuple[int, ...]:
+    """(B, C, extra_frames + F, H, W)."""
+    num_videos, channels, num_frames, height, width = request.geometry.latent_shape
+    return num_videos, channels, extra_frames + num_frames, height, width
+
+
+def _check_shape(latents: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(latents.shape) != shape:
+        raise ArgumentError(f"latents have shape {tuple(latents.shape)}; this request needs {shape}.")
 
 
 def _generator(device: str) -> torch.Generator:

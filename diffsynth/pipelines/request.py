@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 from tqdm import tqdm
 
-from diffsynth.conditioning.conditioner import Geometry, read_inputs
+from diffsynth.conditioning.conditioner import Geometry, SizeChecker, read_inputs
 from diffsynth.conditioning.image import size_within
 from diffsynth.conditioning.registry import CONDITIONERS
 from diffsynth.conditioning.text import TextInputs
@@ -111,6 +111,11 @@ class VideoRequest:
     denoising_strength: float
     settings: Mapping[str, object]  # what was asked and resolved, plain values: goes into the file's metadata
 
+    @property
+    def extra_frames(self) -> int:
+        """Latent frames in front of the video's, told by the Inputs that put them there."""
+        return sum(getattr(inputs, "extra_frames", 0) for inputs in self.inputs.values())
+
 
 def known_arguments() -> dict[str, tuple[object, object]]:
     """Every argument of ``pipe()`` with its annotation and default, prompts first."""
@@ -166,6 +171,8 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
         own = read_inputs(conditioner.Inputs, resolved)
         if conditioner.applies(own, parts):
             inputs[name] = own
+            if isinstance(conditioner, SizeChecker):
+                conditioner.check(own, geometry, parts)
     is_list = text.prompt_embeds is None and not isinstance(text.prompt, str)
     return VideoRequest(
         options=replace(
