@@ -125,7 +125,7 @@ def _folder(folder: Path) -> list[FileGroup]:
     inside = [entry.name for entry in others if any(file.suffix in SUFFIXES for file in entry.iterdir())]
     if groups and inside:
         logger.warning(
-            "%s: the weights in %s are not looked at; give those folders by name if they belong to the model.",
+            "%s: weights in %s are not looked at; give those folders by name if they belong to the model.",
             folder,
             ", ".join(inside),
         )
