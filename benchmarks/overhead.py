@@ -88,6 +88,7 @@ def peer_pipeline(dit: WanDiT, text: Tensor, negative: Tensor) -> tuple[Callable
     sizes |= {
         "in_channels": config.in_dim,
         "out_channels": config.out_dim,
+        "patch_size": config.patch_size,
         **{n: getattr(config, n) for n in names},
     }
     peer = diffusers_twin(dit, "dit-1.3b", sizes)

@@ -32,7 +32,7 @@ from train.tiny.state import Clock, Run, cosine, save_whole
 
 # Tokens of one latent position: 4 times as many as large models have, each of which is far easier to learn.
 DIT = DiTConfig(
-    dim=128, in_dim=16, out_dim=16, ffn_dim=384, num_layers=6, num_heads=2, freq_dim=64, text_dim=128,
+    dim=128, in_dim=16, out_dim=16, ffn_dim=384, num_layers=6, num_heads=4, freq_dim=64, text_dim=128,
     text_len=64, patch_size=(1, 1, 1),
 )  # fmt: skip
 TEXT = {"dim": 128, "dim_attn": 128, "dim_ffn": 256, "num_heads": 4, "num_layers": 3}
@@ -40,8 +40,8 @@ CLIPS = {17: 12000, 9: 1500, 25: 1500, 5: 1000}  # encoded once, by number of fr
 PAIRS = 0.12  # share of scenes with two things, which are learnt last
 TOKENS = 7680  # of a batch: short clips come more at once
 # First what things look like, from first frames alone (5 times as many a second), then how they move.
-STILLS_UNTIL = 0.0  # of the run
-LENGTHS = ({1: 0.8, 5: 0.2}, {17: 0.7, 9: 0.15, 25: 0.1, 1: 0.05})  # shares of the batches
+STILLS_UNTIL = 0.2  # of the run
+LENGTHS = ({1: 0.8, 5: 0.2}, {17: 0.7, 9: 0.2, 25: 0.1})  # shares of the batches
 LEARNING_RATE, ADAM_LEARNING_RATE = 6e-3, 2e-3
 SHIFT = 5.0  # noise levels lean to the noisy end, where place and path of a thing are decided
 EMPTY_PROMPTS = 0.1  # share of captions left out, so that guidance has something to lead away from
