@@ -166,19 +166,19 @@ def _load(values: Mapping[str, Any]) -> WanVideoPipeline:
     import torch
 
     from diffsynth.models.download import local_paths
-    from diffsynth.models.model_manager import ModelManager
+    from diffsynth.models.model_manager import ModelManager, resolved_device
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
     chosen: Any = paths or str(tiny_folder())
     dtype: str = values["dtype"] or ("bfloat16" if paths else "float32")
     limits = _limits(values)
-    device = values["device"] or (None if paths else "cpu")
+    device = resolved_device(values["device"] or (None if paths else "cpu"))
     # Within limits networks rest on the host and come to the device for their turn.
     manager = ModelManager(getattr(torch, TORCH_NAMES.get(dtype, dtype)), "cpu" if limits else device)
     manager.load_models(local_paths(chosen[0] if len(paths) == 1 else chosen, download=values["download"]))
     pipe = WanVideoPipeline.from_model_manager(
         manager,
-        device=ModelManager(device=device).device,
+        device=device,
         dit=values["dit"] or None,
         tokenizer_path=values["tokenizer_path"],
         precision=values["precision"] or "official",

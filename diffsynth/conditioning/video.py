@@ -23,7 +23,7 @@ class VideoInputs:
     """A video to start from."""
 
     input_video: Sequence[Frame] | None = None  # frames, a VideoData, or floats in [0, 1] (F, 3, H, W)
-    sigmas: object = None
+    sigmas: object = None  # noise levels of the caller, which may begin below the top
     denoising_strength: float = 1.0  # share of noise laid over it: 0.7 keeps the layout, 1 ignores the video
     tile_size: tuple[int, int] | None = None
     tile_stride: tuple[int, int] | None = None

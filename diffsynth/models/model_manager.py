@@ -79,7 +79,7 @@ class ModelManager:
     ) -> None:
         self.storage_dtype = _storage_dtype(torch_dtype)
         self.torch_dtype = torch.bfloat16 if self.storage_dtype == FP8 else self.storage_dtype
-        self.device = _resolved_device(device)
+        self.device = resolved_device(device)
         self.loaded: list[LoadedModel] = []
         self.loras = LoRAs(self.loaded)
         if model_id_list:
@@ -139,7 +139,7 @@ class ModelManager:
             ConfigurationError, IncompleteCheckpointError: for a network whose sizes or tensors are
                 incomplete.
         """
-        place = self.device if device is None else _resolved_device(device)
+        place = self.device if device is None else resolved_device(device)
         dtype = self.storage_dtype if torch_dtype is None else _storage_dtype(torch_dtype)
         matches = _wanted(_recognised(Checkpoint.open_all(file_path_list)), model_names)
         for match in matches:
@@ -235,7 +235,7 @@ class ModelManager:
     def to(self, device: Device) -> None:
         """Move every network to ``device``."""
         for entry in self.loaded:
-            entry.model.to(_resolved_device(device))
+            entry.model.to(resolved_device(device))
 
     def _add(self, match: Match, model: nn.Module, dtype: torch.dtype | None) -> None:
         tensors = [*model.parameters(), *model.buffers()]
@@ -280,7 +280,8 @@ def _storage_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
     return dtype
 
 
-def _resolved_device(device: Device | None) -> torch.device:
+def resolved_device(device: Device | None) -> torch.device:
+    """The device that is meant: None is a GPU if there is one; one that is not there is an ArgumentError."""
     has_cuda = torch.cuda.is_available()
     if device is None or isinstance(device, _DefaultDevice):
         chosen = torch.device("cuda" if has_cuda else "cpu")

@@ -159,6 +159,8 @@ class RingCopier:
     def close(self) -> None:
         self._reader.shutdown()
         self._carrier.close()
+        for buffer in self._ring:
+            release_buffer(buffer)
 
     def _carry(self, target: Tensor, source: Source, start: int, stop: int, free: Mark) -> Transfer:
         index, self._next = self._next, (self._next + 1) % len(self._ring)

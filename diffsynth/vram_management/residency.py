@@ -139,8 +139,15 @@ class Residency:
             torch.cuda.empty_cache()
         for name in names:
             if name in self._guests and name not in self._inside:
-                self._inside.add(name)
-                self._guests[name].enter()
+                self._bring_in(name)
+
+    def _bring_in(self, name: str) -> None:
+        try:
+            self._guests[name].enter()
+        except BaseException:
+            self._guests[name].leave()  # what had come goes back, so that the next call begins anew
+            raise
+        self._inside.add(name)
 
     def release(self) -> None:
         """Send everything to rest."""

@@ -7,6 +7,7 @@ copied back: the host's copy never changes, a slot is simply written over.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -63,6 +64,12 @@ class _Slot:
     transfers: list[Transfer] = field(default_factory=list)
 
 
+def _unlock(rested: dict[int, _Streamed]) -> None:
+    for one in rested.values():
+        if isinstance(one.source, FlatSource):
+            release_buffer(one.source)
+
+
 class BlockStream:
     """Visits the blocks of one network, most of which rest on the host; see `Visit`.
 
@@ -96,6 +103,9 @@ class BlockStream:
         self.counts, self.host = StreamCounts(), host
         self._device, self._given_copier, self._blocks = device, copier, list(blocks)
         self._rested: dict[int, _Streamed] = {}  # every block that was streamed once
+        # Locked pages must be unlocked before their memory goes, also when nobody calls `close`.
+        self._unlock = weakref.finalize(self, _unlock, self._rested)
+        self._unlock.atexit = False  # the process takes them along
         self._streamed: dict[int, _Streamed] = {}
         self._resident: list[nn.Module] = []
         self._num_slots = num_slots
@@ -163,9 +173,7 @@ class BlockStream:
     def close(self) -> None:
         """Stop, and unlock the host's memory; the blocks keep their weights in it."""
         self.stop()
-        for one in self._rested.values():
-            if isinstance(one.source, FlatSource):
-                release_buffer(one.source)
+        _unlock(self._rested)
 
     def __call__(self, blocks: Iterable[nn.Module], *, has_keys: bool = False) -> Iterator[nn.Module]:
         """Yield the blocks in order, each with its weights on the device until the next one is asked for."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from diffsynth.errors import PinnedMemoryError
-from diffsynth.vram_management import streaming
+from diffsynth.errors import MovedModelError, PinnedMemoryError
+from diffsynth.vram_management import copiers, streaming
 from diffsynth.vram_management.copiers import FlatSource
 from diffsynth.vram_management.memory_plan import NetworkPlan
 from diffsynth.vram_management.residency import Residency
@@ -104,3 +106,40 @@ def test_an_exception_while_entering_is_undone_by_the_next_phase() -> None:
             raise KeyError("in the middle")
     residency.release()
     assert torch.equal(network(), expected)
+
+
+def test_a_network_that_could_not_come_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network()
+    expected, norm = network(), network.norm.weight.data_ptr()
+    residency = Residency({"one": network}, AWAY)
+    residency.arrange({"one": streamed()})
+    kept = network.blocks[2].weight.data
+    network.blocks[2].weight.data = kept.clone()
+    for _ in range(2):
+        with pytest.raises(MovedModelError), residency.use("one"):
+            pass
+        assert network.norm.weight.data_ptr() == norm, "what had come went back"
+    network.blocks[2].weight.data = kept
+    with residency.use("one"):
+        assert torch.equal(network(), expected)
+    residency.close()
+
+
+def test_locked_memory_is_unlocked_when_its_stream_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    unlocked: list[int] = []
+    monkeypatch.setattr(streaming, "release_buffer", lambda source: unlocked.append(source.buffer.numel()))
+    network = Network()
+    stream = streaming.BlockStream(list(network.blocks), device=AWAY, host="pageable")
+    del stream
+    gc.collect()
+    assert len(unlocked) == 5
+
+
+def test_a_ring_is_unlocked_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    unlocked: list[int] = []
+    monkeypatch.setattr(copiers, "release_buffer", lambda source: unlocked.append(source.buffer.numel()))
+    network = Network()
+    stream = streaming.BlockStream(list(network.blocks), device=AWAY, host="ring")
+    stream.start()
+    stream.stop()
+    assert unlocked == [stream.slot_bytes] * 2
