@@ -39,11 +39,20 @@ TEXT = {"dim": 128, "dim_attn": 128, "dim_ffn": 256, "num_heads": 4, "num_layers
 CLIPS = {17: 12000, 9: 1500, 25: 1500, 5: 1000}  # encoded once, by number of frames
 PAIRS = 0.12  # share of scenes with two things, which are learnt last
 TOKENS = 7680  # of a batch: short clips come more at once
-# First what things look like, from first frames alone (5 times as many a second), then how they move.
-STILLS_UNTIL = 0.2  # of the run
-LENGTHS = ({1: 0.8, 5: 0.2}, {17: 0.7, 9: 0.2, 25: 0.1})  # shares of the batches
-LEARNING_RATE, ADAM_LEARNING_RATE = 6e-3, 2e-3
-SHIFT = 5.0  # noise levels lean to the noisy end, where place and path of a thing are decided
+MOMENT = 0  # instead of a number of frames: one later latent alone, four frames of a clip
+# First what things look like, from first frames alone (5 times as many a second). Then moments: with no frame
+# before or after to tell the way of a thing, the model has to read the caption; in whole clips it never
+# learnt to. Then whole clips. Shares of the batches from each share of the run on.
+STAGES: tuple[tuple[float, dict[int, float]], ...] = (
+    (0.0, {1: 0.8, 5: 0.2}),
+    (0.2, {MOMENT: 0.9, 1: 0.1}),
+    (0.35, {17: 0.5, MOMENT: 0.25, 9: 0.13, 25: 0.07, 1: 0.05}),
+    (0.8, {17: 0.68, 9: 0.16, 25: 0.08, 1: 0.05, 5: 0.03}),
+)
+LEARNING_RATE, ADAM_LEARNING_RATE = 4e-3, 1.5e-3
+# Noise levels lean to the noisy end, where place and path of a thing are decided; less so in one latent,
+# whose noise hides all the more.
+SHIFT, SHIFT_OF_ONE = 5.0, 3.0
 EMPTY_PROMPTS = 0.1  # share of captions left out, so that guidance has something to lead away from
 
 
@@ -70,10 +79,12 @@ class Clips:
         # The first latent holds the first frame alone, so that any clip gives a still.
         source = num_frames if num_frames > 1 else rng.choices(list(CLIPS), list(CLIPS.values()))[0]
         latents, scenes = self.latents[source], self.scenes[source]
-        length = 1 + (num_frames - 1) // 4
+        length = 1 + (num_frames - 1) // 4 if num_frames != MOMENT else 1
         picked = [rng.randrange(len(scenes)) for _ in range(TOKENS // (length * latents[0, 0, 0].numel()))]
         texts = ["" if rng.random() < EMPTY_PROMPTS else caption(scenes[i], rng) for i in picked]
-        return latents[picked, :, :length].float(), texts
+        starts = [rng.randrange(1, latents.shape[2]) if num_frames == MOMENT else 0 for _ in picked]
+        rows = [latents[i, :, start : start + length] for i, start in zip(picked, starts, strict=True)]
+        return torch.stack(rows).float(), texts
 
 
 @torch.no_grad()
@@ -101,12 +112,18 @@ def flow_loss(
     even = (torch.arange(len(latents)) + torch.rand(len(latents))) / len(
         latents
     )  # one per stratum: less noise
-    sigma = SHIFT * even / (1 + (SHIFT - 1) * even)
+    shift = SHIFT if latents.shape[2] > 1 else SHIFT_OF_ONE
+    sigma = shift * even / (1 + (shift - 1) * even)
     sigma = sigma[torch.randperm(len(sigma))].to(latents.device)
     noise = torch.randn_like(latents)
     text = encode_text(encoder, tokenizer, texts)
     [velocity] = dit(add_noise(latents, noise, sigma), sigma * 1000, [dit.prepare(Conditions(text=text))])
     return (velocity.float() - (noise - latents)).square().mean()
+
+
+def _shares(progress: float) -> dict[int, float]:
+    """Shares of the batches at a share of the run."""
+    return [shares for since, shares in STAGES if progress >= since][-1]
 
 
 @contextmanager
@@ -131,7 +148,7 @@ def train(
         minutes: wall clock, over all starts.
         seed: of everything drawn.
         device: where it is trained.
-        goes_on: a new run starts from the finished files in ``weights`` instead of from nothing.
+        goes_on: a new run starts from the finished files in ``weights``, and with whole clips.
     """
     torch.manual_seed(seed)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # else plain attention widens to float32
@@ -159,7 +176,7 @@ def train(
         for group in optimizer.param_groups:
             rate = LEARNING_RATE if group["muon"] else ADAM_LEARNING_RATE
             group["lr"] = rate * cosine(progress)
-        latents, texts = clips.batch(rng, LENGTHS[progress > STILLS_UNTIL])
+        latents, texts = clips.batch(rng, _shares(max(progress, STAGES[2][0]) if goes_on else progress))
         with _fast(device):
             loss = flow_loss(dit, encoder, tokenizer, latents.to(device), texts)
         optimizer.zero_grad(set_to_none=True)
