@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffsynth.tiny.grammar import BACKGROUNDS, CANVAS, COLOURS, Scene, Thing
+from diffsynth.tiny.grammar import ALL_COLOURS, BACKGROUNDS, CANVAS, Scene, Thing
 
 CIRCLE_RADIUS = 0.92  # in units of the thing's radius, so that all shapes look equally large
 SQUARE_HALF_SIDE = 0.84
@@ -68,7 +68,7 @@ def _paint(scene: Scene, num_frames: int, size: int) -> Tensor:
     background = torch.tensor(BACKGROUNDS[scene.background], dtype=torch.float32).view(3, 1, 1, 1)
     clip = background.expand(3, num_frames, size, size)
     for thing in scene.things:
-        colour = torch.tensor(COLOURS[thing.colour], dtype=torch.float32).view(3, 1, 1, 1)
+        colour = torch.tensor(ALL_COLOURS[thing.colour], dtype=torch.float32).view(3, 1, 1, 1)
         clip = torch.lerp(clip, colour.expand_as(clip), coverage(thing, num_frames, size).unsqueeze(0))
     return clip
 

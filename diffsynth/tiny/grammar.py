@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from diffsynth.errors import ArgumentError
@@ -31,6 +31,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "cyan": (40, 210, 230),
     "pink": (255, 135, 195),
 }
+# Colours that the tiny Wan has never seen, for LoRAs to teach: measured as the others, drawn when asked for.
+TAUGHT_COLOURS: dict[str, tuple[int, int, int]] = {"teal": (0, 120, 120), "magenta": (230, 20, 200)}
+ALL_COLOURS = COLOURS | TAUGHT_COLOURS
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (0, 0, 0),
     "white": (255, 255, 255),
@@ -52,7 +55,7 @@ class Thing:
     """One shape: what it is, where it is in the first frame, and how it moves."""
 
     shape: str  # one of SHAPES
-    colour: str  # one of COLOURS
+    colour: str  # one of ALL_COLOURS
     motion: str  # one of MOTIONS
     x: float  # middle of the bounding box in the first frame, pixels of 64
     y: float
@@ -62,7 +65,7 @@ class Thing:
     def __post_init__(self) -> None:
         for name, value, known in (
             ("shape", self.shape, SHAPES),
-            ("colour", self.colour, tuple(COLOURS)),
+            ("colour", self.colour, tuple(ALL_COLOURS)),
             ("motion", self.motion, MOTIONS),
         ):
             if value not in known:
@@ -121,6 +124,11 @@ def random_scene(rng: random.Random, num_things: int = 1, num_frames: int = 17) 
         )
         if num_things == 1 or _are_apart(*things, num_frames=num_frames):
             return Scene(background=background, things=things)
+
+
+def recoloured(scene: Scene, colour: str) -> Scene:
+    """The same scene with its first thing in another colour, such as one of `TAUGHT_COLOURS`."""
+    return replace(scene, things=(replace(scene.things[0], colour=colour), *scene.things[1:]))
 
 
 def _placed(
@@ -320,7 +328,7 @@ def _start_of_thing(tokens: list[str], first: int, noun: int) -> int:
 def _read_thing(tokens: list[str], shape: str) -> SaidThing:
     """Read the words about one thing."""
     said = {
-        "colour": [token for token in tokens[: tokens.index(shape)] if token in COLOURS],
+        "colour": [token for token in tokens[: tokens.index(shape)] if token in ALL_COLOURS],
         "motion": [_MOTION_WORDS[token] for token in tokens if token in _MOTION_WORDS],
         "size": [token for token in tokens[: tokens.index(shape)] if token in ("big", "small")],
     }

@@ -30,12 +30,14 @@ from diffsynth.tiny.grammar import (
     CANVAS,
     SHAPES,
     SPEED,
+    TAUGHT_COLOURS,
     Said,
     SaidThing,
     Thing,
     caption,
     parse_caption,
     random_scene,
+    recoloured,
 )
 from diffsynth.tiny.tracks import Array, Track, as_pixels, background_colour, find_tracks, nearest_background
 
@@ -288,10 +290,21 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
         default=True,
         help="also measure captions with two shapes, in rows of their own",
     )
+    add(
+        "--colour", choices=tuple(TAUGHT_COLOURS), help="captions of this colour, which only a LoRA can teach"
+    )
+    add("--lora", action="append", default=[], help="LoRA to load, at its own strength; may be repeated")
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights")
     add("--device", default="cpu")
     add("--json", action="store_true", help="write one JSON object per row instead of a table")
     return parser.parse_args(words)
+
+
+def _captions(
+    rng: random.Random, count: int, num_things: int, num_frames: int, colour: str | None
+) -> list[str]:
+    scenes = (random_scene(rng, num_things, num_frames) for _ in range(count))
+    return [caption(scene if colour is None else recoloured(scene, colour), rng) for scene in scenes]
 
 
 def _write_row(row: Tally, *, as_json: bool) -> None:
@@ -312,6 +325,8 @@ def main(words: Sequence[str] | None = None) -> int:
     # By name: this folder stands below the pipeline in the tree, and must not lean on it when imported.
     pipeline = importlib.import_module("diffsynth").WanVideoPipeline
     pipe = pipeline.from_pretrained(given.model, torch_dtype=DTYPES[given.dtype], device=given.device)
+    for path in given.lora:
+        pipe.load_lora(path)
     guidance = {} if given.cfg_scale is None else {"cfg_scale": given.cfg_scale}
     if not given.json:
         titles = ("colour", "shape", "motion", "all three", "background", "count")
@@ -319,9 +334,7 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stdout.write("".join(f"{title:>12}" for title in titles) + f"{'s/clip':>9}\n")
     for num_things in (1, 2) if given.two_shapes else (1,):
         rng = random.Random(given.seed)
-        captions = [
-            caption(random_scene(rng, num_things, given.num_frames), rng) for _ in range(given.captions)
-        ]
+        captions = _captions(rng, given.captions, num_things, given.num_frames, given.colour)
         for sampler in SAMPLERS if given.sampler == "all" else (given.sampler,):
             clips: list[object] = []
             began = time.perf_counter()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from diffsynth.tiny.grammar import BACKGROUNDS, CANVAS, COLOURS
+from diffsynth.tiny.grammar import ALL_COLOURS, BACKGROUNDS, CANVAS
 
 Array = npt.NDArray[np.float32]
 
@@ -25,7 +25,7 @@ MIN_SHARE = 0.15  # of the volume of the largest thing
 class Track:
     """One thing through the clip."""
 
-    colour: str  # nearest of COLOURS
+    colour: str  # nearest of ALL_COLOURS
     cover: Array  # (F, H, W) from 0 to 1: how much of every pixel the thing covers
     volume: float  # pixels covered, over all frames
 
@@ -82,7 +82,7 @@ def find_tracks(clip: Array) -> list[Track]:
         piece = labels == label
         inner = contrast[piece] >= np.quantile(contrast[piece], 0.75)  # away from soft edges
         colour: Array = np.median(clip[piece][inner], axis=0).astype(np.float32)
-        name = _nearest(colour, COLOURS)
+        name = _nearest(colour, ALL_COLOURS)
         pieces[name] = pieces[name] | piece if name in pieces else piece
         colours.setdefault(name, []).append((int(sizes[label]), colour))
     tracks = []

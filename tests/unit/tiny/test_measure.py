@@ -18,12 +18,15 @@ from diffsynth.tiny.draw import draw_clip
 from diffsynth.tiny.grammar import (
     BACKGROUNDS,
     COLOURS,
+    TAUGHT_COLOURS,
     Said,
     SaidThing,
     Scene,
     Thing,
+    caption,
     parse_caption,
     random_scene,
+    recoloured,
 )
 from diffsynth.tiny.measure import judge, main, measure_clip
 from diffsynth.tiny.tracks import FOREGROUND_DISTANCE, label_components
@@ -209,3 +212,11 @@ def test_the_command_writes_a_table(
     assert title.split()[:3] == ["sampler", "shapes", "captions"]
     assert row.split()[:4] == ["unipc", "1", "3", "100.0%"]
     assert len(drawing.asked) == 1
+
+
+@pytest.mark.parametrize("colour", list(TAUGHT_COLOURS))
+def test_a_colour_that_only_a_lora_can_teach_is_drawn_said_and_measured(colour: str) -> None:
+    scene = recoloured(random_scene(random.Random(1)), colour)
+    asked = parse_caption(caption(scene, random.Random(2)))
+    assert asked.things[0].colour == colour
+    assert measure_clip(frames_of(draw_clip(scene)))[0].colour == colour
