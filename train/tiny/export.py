@@ -58,6 +58,7 @@ def write(network: nn.Module, path: Path, config: Mapping[str, object], **more: 
     metadata = {"format": "pt", "config": json.dumps(config)}
     metadata.update({k: v if isinstance(v, str) else json.dumps(v) for k, v in more.items()})
     save_file(tensors, path, metadata)
+    path.chmod(0o644)  # safetensors makes files that only their owner reads; these go into a package
 
 
 def write_vae(vae: WanVideoVAE, folder: Path) -> None:
