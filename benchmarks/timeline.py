@@ -9,6 +9,7 @@ the picture shows the scheme and not a machine.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,9 +28,11 @@ COLOURS = ("#4c78a8", "#f58518", "#54a24b")
 
 
 @dataclass
-class Drawn:
-    """A copy engine that notes when it carries what, on a clock of its own."""
+class GivenTimes:
+    """A copy engine and a compute whose times are given, not measured, in seconds; notes what works when."""
 
+    copy_s: float
+    compute_s: float
     compute_at: float = 0.0
     copy_at: float = 0.0
     bars: list[tuple[str, float, float, str]] = field(default_factory=list)  # row, from, to, label
@@ -47,18 +50,24 @@ class Drawn:
         free()
         source.read_into(target, start, stop)
         slot = self.slots.setdefault(target.data_ptr(), len(self.slots))
-        label = str(int(target[:4].view(torch.float32)))
-        self.bars.append((f"slot {slot}", self.copy_at, self.copy_at + COPY_S, label))
-        self.copy_at += COPY_S
+        label = f"{float(target[:4].view(torch.float32)):g}"  # the block's first number
+        self.bars.append((f"slot {slot}", self.copy_at, self.copy_at + self.copy_s, label))
+        self.copy_at += self.copy_s
         return _Arrival(self, self.copy_at)
 
     def close(self) -> None:
         pass
 
+    def compute(self, visit: Iterator[nn.Module]) -> None:
+        """One pass over blocks as they come."""
+        for index, _ in enumerate(visit):
+            self.bars.append(("compute", self.compute_at, self.compute_at + self.compute_s, str(index)))
+            self.compute_at += self.compute_s
+
 
 @dataclass
 class _Arrival:
-    clock: Drawn
+    clock: GivenTimes
     at: float
 
     def wait(self) -> None:
@@ -70,14 +79,12 @@ def events() -> list[tuple[str, float, float, str]]:
     blocks = nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in range(BLOCKS)).requires_grad_(False)
     for index, block in enumerate(blocks):
         block.weight.fill_(float(index))
-    clock = Drawn()
+    clock = GivenTimes(COPY_S, COMPUTE_S)
     stream = BlockStream(
         list(blocks), device=torch.device("cpu"), resident=RESIDENT, host="pageable", copier=clock
     )
     for _ in range(STEPS):
-        for index, _block in enumerate(stream(blocks)):
-            clock.bars.append(("compute", clock.compute_at, clock.compute_at + COMPUTE_S, str(index)))
-            clock.compute_at += COMPUTE_S
+        clock.compute(stream(blocks))
     return clock.bars
 
 

@@ -41,7 +41,7 @@ LIGHT = (
 LATE = {"pydantic", "av", "ftfy"}  # imported only where they are used
 HOME = {"PIL": "video", "av": "video", "imageio": "video", "cv2": "video"}
 
-PACKAGE_OF = {"PIL": "pillow"}  # where the name to install is not the name to import
+PACKAGE_OF = {"PIL": "pillow", "yaml": "pyyaml"}  # where the name to install is not the name to import
 OPTIONAL = {"triton", "flash_attn", "flash_attn_interface", "sageattention", "xformers", "psutil", "pynvml"}
 
 

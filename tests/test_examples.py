@@ -37,6 +37,7 @@ def test_the_usual_ways_to_use_a_model_have_an_example() -> None:
         "wan_fun_control_camera",
         "wan_1.3b_motion_controller",
         "wan_1.3b_vace",
+        "wan2.2_ti2v_5b",
     }
 
 

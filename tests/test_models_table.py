@@ -203,7 +203,10 @@ def test_released_widths_make_frames(row: ModelRow, files: tuple[str, ...], fold
         for place in places
         for file in files
     ]
-    paths.append(write_drawn(folder / "vae.safetensors", manifests()["wan2.1_vae"]))
+    vae, side, latent = ("wan2.2_vae", 128, (48, 2, 8, 8)) if facts.holds_first_frame else (
+        "wan2.1_vae", SIDE, (16, 2, SIDE // 8, SIDE // 8)
+    )  # fmt: skip
+    paths.append(write_drawn(folder / "vae.safetensors", manifests()[vae]))
     if facts.has_image_branch:
         # the features are those before the last block
         shapes = cut(manifests()["clip_xlm_roberta_vit_h_14"], num_blocks=3)
@@ -211,10 +214,13 @@ def test_released_widths_make_frames(row: ModelRow, files: tuple[str, ...], fold
     pipe = WanVideoPipeline.from_model_manager(ModelManager(torch.bfloat16, "cpu").load_models(paths))
     config = pipe.dit.config  # type: ignore[union-attr]
     assert (config.dim in row.widths, config.num_layers) == (True, NUM_BLOCKS)
-    text = {"prompt_embeds": torch.randn(1, 4, 4096), "num_inference_steps": row.num_experts}
+    text = {
+        "prompt_embeds": torch.randn(1, 4, 4096), "num_inference_steps": row.num_experts, "height": side,
+        "width": side,
+    }  # fmt: skip
     names = inputs_read(facts)
     together = [name for name in names if name != ALONE or "vace_reference_image" not in names]
-    made = make(pipe, given(together, SIDE, SIDE), **text, output_type="pt")
-    assert made.shape == (1, FRAMES, 3, SIDE, SIDE)
-    needed = make(pipe, given(inputs_needed(facts), SIDE, SIDE), **text)
-    assert needed.shape == (1, 16, 2, SIDE // 8, SIDE // 8)
+    made = make(pipe, given(together, side, side), **text, output_type="pt")
+    assert made.shape == (1, FRAMES, 3, side, side)
+    needed = make(pipe, given(inputs_needed(facts), side, side), **text)
+    assert needed.shape == (1, *latent)

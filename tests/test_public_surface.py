@@ -56,7 +56,31 @@ FLAGS = {
         "--steps", "--strict", "--switch-dit-boundary", "--tile-size", "--tile-stride", "--tiled",
         "--tokenizer-path", "--width", "-o", "-q", "--cache-text", "--keep-latents", "--vram", "--ram",
         "--num-persistent", "--attention", "--fp8-compute",
-        "--vace-video", "--vace-video-mask", "--vace-reference-image", "--vace-scale",
+        "--vace-video", "--vace-video-mask", "--vace-reference-image", "--vace-scale", "--preview",
+        # of Wan's own generate.py, and --init_video and --denoising_strength, spelled like them
+        "--task", "--prompt", "--size", "--frame_num", "--ckpt_dir", "--save_file", "--base_seed",
+        "--sample_solver", "--sample_steps", "--sample_shift", "--sample_guide_scale", "--image",
+        "--first_frame", "--last_frame", "--src_video", "--src_mask", "--src_ref_images",
+        "--input_video_path", "--offload_model", "--t5_cpu", "--convert_model_dtype", "--init_video",
+        "--denoising_strength",
+        # of them, known and told to be missing
+        "--ulysses_size", "--ring_size", "--t5_fsdp", "--dit_fsdp", "--use_prompt_extend",
+        "--prompt_extend_method", "--prompt_extend_model", "--prompt_extend_target_lang",
+        "--src_root_path", "--refert_num", "--replace_flag", "--use_relighting_lora", "--num_clip", "--audio",
+        "--enable_tts", "--tts_prompt_audio", "--tts_prompt_text", "--tts_text", "--pose_video",
+        "--start_from_ref", "--infer_frames",
+    },
+    "refine": {
+        "prompt", "--from", "--size", "--cfg-scale", "--cfg-scale-low-noise", "--codec", "--crf", "--debug",
+        "--denoising-strength", "--denoising_strength", "--device", "--dit", "--download", "--dtype", "--fps",
+        "--height", "--control-video", "--fit", "--reference-image", "--camera-control-direction",
+        "--camera-control-speed", "--motion-bucket-id", "--input-image", "--end-image", "--resize", "--model",
+        "--lora", "--negative-prompt", "--no-tiled", "--num-frames", "--num-inference-steps", "--out",
+        "--pix-fmt", "--precision", "--preset", "--quality", "--quiet", "--sampler", "--seed",
+        "--sigma-shift", "--steps", "--switch-dit-boundary", "--tile-size", "--tile-stride", "--tiled",
+        "--tokenizer-path", "--width", "-o", "-q", "--cache-text", "--keep-latents", "--vram", "--ram",
+        "--num-persistent", "--attention", "--fp8-compute", "--vace-video", "--vace-video-mask",
+        "--vace-reference-image", "--vace-scale",
     },
     "preprocess": {
         "source", "out", "--task", "--boxes", "--model", "--download", "--device", "--fps",
@@ -71,6 +95,8 @@ FLAGS = {
     },
     "inspect": {"paths", "--json"},
     "lora": set(),
+    "dataset": set(),
+    "train": set(),
     "doctor": {"--json"},
 }  # fmt: skip
 

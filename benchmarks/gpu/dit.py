@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +85,10 @@ class Run:
     def measure(self, work: Callable[[], object], repeats: int | None = None) -> Measured:
         return measured(work, self.device, repeats=repeats or self.repeats)
 
+    def add(self, figure: str, ours: Sequence[float], unit: str = "s", **more: Any) -> None:
+        """A row; ``more`` are its other fields."""
+        self.out.add(Row(figure=figure, unit=unit, ours=ours, **more))
+
     def inputs(self, size: VideoSize) -> Inputs:
         return inputs_for(self.dit, size, self.device)
 
@@ -92,10 +97,10 @@ def run_ours(run: Run, size: VideoSize) -> None:
     inputs, label = run.inputs(size), run.label(size)
     told = f"{inputs.tokens} tokens; {describe_attention(run.device)}"
     one = run.resident[size.name] = run.measure(stepping(run.dit, inputs, 1))
-    run.out.add(Row(figure=f"{label}: resident bf16, forward", unit="s", ours=one.seconds, notes=told))
+    run.add(figure=f"{label}: resident bf16, forward", ours=one.seconds, notes=told)
     add_peak(run, size, f"{label}: resident bf16, forward, peak", one, plan_of(run, size, 1, None))
     both = run.measure(stepping(run.dit, inputs, 2), max(1, run.repeats - 1))
-    run.out.add(Row(figure=f"{label}: resident bf16, step", unit="s", ours=both.seconds, notes=told))
+    run.add(figure=f"{label}: resident bf16, step", ours=both.seconds, notes=told)
     add_peak(run, size, f"{label}: resident bf16, step, peak", both, plan_of(run, size, 2, None))
 
 
@@ -111,7 +116,7 @@ def add_peak(
     run: Run, size: VideoSize, figure: str, found: Measured, plan: MemoryPlan, goal: str | None = None
 ) -> None:
     is_gpu = run.device.type == "cuda"
-    row = Row(
+    run.add(
         figure=figure,
         unit="GB",
         ours=[found.peak_gb],
@@ -120,7 +125,6 @@ def add_peak(
         goal=goal or WITHIN_10_PERCENT,
         notes=f"max_memory_allocated; {plan_text(plan)}" if is_gpu else "of the process",
     )
-    run.out.add(row)
 
 
 def kernels_of(
@@ -155,16 +159,13 @@ def run_floor(run: Run, size: VideoSize) -> None:
     notes = "; ".join(f"{name} {seconds:.3f} s" for name, seconds in spent.items())
     if size.name not in run.resident:
         run.resident[size.name] = run.measure(stepping(run.dit, inputs, 1))
-    run.out.add(
-        Row(
-            figure=f"{label}: resident bf16, forward, against its kernels alone",
-            unit="s",
-            ours=run.resident[size.name].seconds,
-            peer_name="sum of its kernels",
-            peer=[run.floor[size.name]],
-            goal=">= 0.90",
-            notes=notes,
-        )
+    run.add(
+        figure=f"{label}: resident bf16, forward, against its kernels alone",
+        ours=run.resident[size.name].seconds,
+        peer_name="sum of its kernels",
+        peer=[run.floor[size.name]],
+        goal=">= 0.90",
+        notes=notes,
     )
 
 
@@ -174,12 +175,8 @@ def against(
     """Two rows, of time and of peak; none when either failed."""
     if ours is None or peer is None:
         return
-    run.out.add(Row(figure=figure, unit="s", ours=ours.seconds, peer_name=name, peer=peer.seconds, goal=goal))
-    run.out.add(
-        Row(
-            figure=f"{figure}, peak", unit="GB", ours=[ours.peak_gb], peer_name=name, peer=[peer.peak_gb]
-        )
-    )  # fmt: skip
+    run.add(figure=figure, ours=ours.seconds, peer_name=name, peer=peer.seconds, goal=goal)
+    run.add(figure=f"{figure}, peak", unit="GB", ours=[ours.peak_gb], peer_name=name, peer=[peer.peak_gb])
 
 
 def run_peers(run: Run, size: VideoSize) -> None:
@@ -221,30 +218,24 @@ def run_streamed(run: Run, streamed: StreamedDiT, size: VideoSize, alone_gbs: fl
         plan_of(run, size, 2, 0, SLOW_COPIES),
     )  # fmt: skip
     here = plan_of(run, size, 2, 0, rates_here(run, size, alone_gbs))
-    run.out.add(
-        Row(
-            figure=f"{label}: streamed lean, step, against sides together and keys kept",
-            unit="s",
-            ours=both.seconds,
-            peer_name="ours, together",
-            peer=eager.seconds,
-            notes=f"the plan for this machine: {plan_text(here)}",
-        )
+    run.add(
+        figure=f"{label}: streamed lean, step, against sides together and keys kept",
+        ours=both.seconds,
+        peer_name="ours, together",
+        peer=eager.seconds,
+        notes=f"the plan for this machine: {plan_text(here)}",
     )
     # Measured after and not only before: a device that grows hot slows both sides down.
     streamed.all_resident()
     again = run.measure(stepping(run.dit, inputs, 1))
     before = run.resident.get(size.name, again)
-    run.out.add(
-        Row(
-            figure=f"{label}: streamed lean, forward, against resident",
-            unit="s",
-            ours=one.seconds,
-            peer_name="ours, resident",
-            peer=[*before.seconds, *again.seconds],
-            goal=">= 0.97 (at most 1.03 x resident)",
-            notes=f"resident before {median(before.seconds):.4g} s, after {median(again.seconds):.4g} s",
-        )
+    run.add(
+        figure=f"{label}: streamed lean, forward, against resident",
+        ours=one.seconds,
+        peer_name="ours, resident",
+        peer=[*before.seconds, *again.seconds],
+        goal=">= 0.97 (at most 1.03 x resident)",
+        notes=f"resident before {median(before.seconds):.4g} s, after {median(again.seconds):.4g} s",
     )
 
 
@@ -265,16 +256,13 @@ def add_copy_rate(run: Run, size: VideoSize, rates: list[float], alone_gbs: floa
     if not rates:
         run.out.fail(figure, "no copy was made")
         return
-    run.out.add(
-        Row(
-            figure=figure,
-            unit="s",
-            ours=[GB / rate for rate in rates],
-            peer_name="nothing else under way",
-            peer=[1 / alone_gbs],
-            goal=">= 0.9",
-            notes=f"{median(rates) / GB:.1f} GB/s against {alone_gbs:.1f}",
-        )
+    run.add(
+        figure=figure,
+        ours=[GB / rate for rate in rates],
+        peer_name="nothing else under way",
+        peer=[1 / alone_gbs],
+        goal=">= 0.9",
+        notes=f"{median(rates) / GB:.1f} GB/s against {alone_gbs:.1f}",
     )
 
 
@@ -291,16 +279,13 @@ def run_few(run: Run, streamed: StreamedDiT, size: VideoSize) -> None:
     }
     first = found["one side at a time"]
     for name, way in found.items():
-        run.out.add(
-            Row(
-                figure=f"{label}: streamed, step, {name}",
-                unit="s",
-                ours=way.seconds,
-                peer_name="ours, one side at a time",
-                peer=first.seconds,
-                goal=">= 1.6" if name != "one side at a time" else "",
-                notes=f"{inputs.tokens} tokens; resident {median(resident.seconds):.4g} s",
-            )
+        run.add(
+            figure=f"{label}: streamed, step, {name}",
+            ours=way.seconds,
+            peer_name="ours, one side at a time",
+            peer=first.seconds,
+            goal=">= 1.6" if name != "one side at a time" else "",
+            notes=f"{inputs.tokens} tokens; resident {median(resident.seconds):.4g} s",
         )
 
 
@@ -330,7 +315,7 @@ def run_offloaded(run: Run, size: VideoSize) -> None:
         found = run.out.attempt(figure, work)
         free(run.device)
         if found is not None and ours is None:
-            run.out.add(Row(figure=f"{label}: streamed by {name}, forward", unit="s", ours=found.seconds))
+            run.add(figure=f"{label}: streamed by {name}, forward", ours=found.seconds)
         against(run, figure, ours, name, found, goal)
 
 
@@ -373,13 +358,11 @@ def run_groups(given: argparse.Namespace, out: Recorder) -> None:
 def stream_groups(run: Run, sizes: list[VideoSize], given: argparse.Namespace) -> None:
     alone_gbs = copy_alone_gbs(largest_block_bytes(run.dit), run.device)
     pageable_gbs = copy_alone_gbs(largest_block_bytes(run.dit), run.device, is_pinned=False)
-    run.out.add(
-        Row(
-            figure=f"DiT {run.model}: a block to the device, pinned, nothing else under way",
-            unit="GB/s",
-            ours=[alone_gbs],
-            notes=f"{largest_block_bytes(run.dit) / GB:.3f} GB; pageable {pageable_gbs:.1f} GB/s",
-        )
+    run.add(
+        figure=f"DiT {run.model}: a block to the device, pinned, nothing else under way",
+        unit="GB/s",
+        ours=[alone_gbs],
+        notes=f"{largest_block_bytes(run.dit) / GB:.3f} GB; pageable {pageable_gbs:.1f} GB/s",
     )
     streamed = StreamedDiT(run.dit, run.device)
     try:

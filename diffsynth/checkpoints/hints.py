@@ -48,8 +48,12 @@ OWN_KEYS = {
     "image_encoder": {"image_size", "projection_dim", "vision_config"},
     "audio_encoder": {"vocab_size", "conv_dim", "conv_kernel", "num_feat_extract_layers"},
 }
-_HIGH = re.compile(r"(?<![a-z])high(?:[_-]?noise)?(?![a-z])", re.IGNORECASE)
-_LOW = re.compile(r"(?<![a-z])low(?:[_-]?noise)?(?![a-z])", re.IGNORECASE)
+# "high_noise", "HIGH", "HighNoise" in a name; not "high_res" or "low_vram", which tell of something else.
+_OTHER = r"res|resolution|quality|vram|light|poly|key|contrast|detail|fps|motion|speed|rank|angle"
+ROLE_MARK = re.compile(
+    rf"(?<![a-z])(?P<role>high|low)(?:(?P<noise>[_-]?noise)|(?![_-]?(?:{_OTHER})(?![a-z])))(?![a-z])",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +171,9 @@ def read_documents(paths: tuple[Path, ...], metadata: Mapping[str, str]) -> tupl
             if file.is_file() and file.stat().st_size <= MAX_JSON_BYTES:
                 content = _parse(file.read_text("utf-8", errors="replace"))
                 documents.append(Document(name, content or {}, content is not None))
+    boundary = _pipeline_index(paths).get("boundary_ratio")
+    if isinstance(boundary, float):
+        documents.append(Document("model_index.json", {"generation": {"boundary": boundary}}))
     return tuple(documents)
 
 
@@ -174,19 +181,32 @@ def role_of(paths: tuple[Path, ...], metadata: Mapping[str, str]) -> Role | None
     """Return which expert of a pair this is: "high" for the noisy part of the way, as its path says."""
     texts = [text for path in paths[:1] for text in (path.name, path.parent.name)]
     for text in (*texts, metadata.get("model_type", "")):
-        high, low = _HIGH.search(text), _LOW.search(text)
-        if bool(high) != bool(low):
-            return "high" if high else "low"
-    if paths and paths[0].parent.name in ("transformer", "transformer_2"):
-        index = paths[0].parent.parent / "model_index.json"
-        second = (
-            (_parse(index.read_text("utf-8", errors="replace")) or {}).get("transformer_2")
-            if index.is_file()
-            else None
-        )
-        if isinstance(second, list) and any(second):
-            return "high" if paths[0].parent.name == "transformer" else "low"
+        if (mark := role_mark(text)) is not None:
+            return "high" if mark["role"].lower() == "high" else "low"
+    folder = paths[0].parent if paths else Path()
+    if folder.name == "transformer_2":
+        return "low"
+    if folder.name == "transformer":
+        second = _pipeline_index(paths).get("transformer_2")
+        has_second = isinstance(second, list) and any(second)
+        return "high" if has_second or (folder.parent / "transformer_2").is_dir() else None
     return None
+
+
+def role_mark(text: str) -> re.Match[str] | None:
+    """Return where a name tells the expert, group "role"; None where it does not, or names both."""
+    marks = list(ROLE_MARK.finditer(text))
+    return marks[-1] if len({mark["role"].lower() for mark in marks}) == 1 else None
+
+
+def _pipeline_index(paths: tuple[Path, ...]) -> Mapping[str, object]:
+    """Diffusers' model_index.json of the repository whose transformer this is; empty without one."""
+    if not paths or paths[0].parent.name not in ("transformer", "transformer_2"):
+        return {}
+    index = paths[0].parent.parent / "model_index.json"
+    if not index.is_file() or index.stat().st_size > MAX_JSON_BYTES:
+        return {}
+    return _parse(index.read_text("utf-8", errors="replace")) or {}
 
 
 def size_of(shapes: Shapes, name: str, axis: int) -> int:

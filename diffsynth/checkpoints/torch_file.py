@@ -183,7 +183,7 @@ def read_torch_header(path: Path) -> FileHeader:
         raise CorruptCheckpointError(f"{path} describes {error}; the file is damaged or made up.") from None
     except Exception as error:  # a damaged pickle may fail in any way; none of them has run anything
         raise CorruptCheckpointError(f"{path}: its data.pkl cannot be read ({error!r}).") from None
-    return FileHeader(_state_dict(path, content), {})
+    return FileHeader(_state_dict(path, content), _metadata(content))
 
 
 def _entries(path: Path, archive: zipfile.ZipFile) -> tuple[bytes, dict[str, tuple[int, int]]]:
@@ -235,6 +235,13 @@ def _data_offset(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, nu
             f"{path}: the entry {info.filename} lies outside the file; download it again."
         )
     return offset
+
+
+def _metadata(content: object) -> dict[str, str]:
+    """Texts beside the tensors, as `training.checkpoints` writes them and a safetensors header has them."""
+    told = content.get("metadata") if isinstance(content, dict) else None
+    items = told.items() if isinstance(told, dict) else ()
+    return {name: text for name, text in items if isinstance(name, str) and isinstance(text, str)}
 
 
 def _state_dict(path: Path, content: object) -> dict[str, StoredTensor]:

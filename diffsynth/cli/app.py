@@ -12,15 +12,13 @@ from typing import Annotated
 import typer
 
 from diffsynth import __version__
-from diffsynth.cli import lora
-from diffsynth.cli.flags import DECODE_FLAGS, FLAGS, with_flags
+from diffsynth.cli import dataset, lora
+from diffsynth.cli.flags import DECODE_FLAGS, FLAGS, DtypeName, short_dtype, with_flags
+from diffsynth.cli.task_flags import REFINE_FLAGS, TASK_FLAGS
 from diffsynth.errors import DiffSynthError
 
 INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 
-PlanDtypeName = Enum(
-    "PlanDtypeName", {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "fp8": "fp8"}, type=str
-)
 TaskName = Enum(
     "TaskName",
     {
@@ -44,6 +42,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(lora.app)
+app.add_typer(dataset.app)
 
 
 def main() -> None:
@@ -84,15 +83,34 @@ def _root(
 @app.command(
     epilog="For example: diffsynth generate 'a cat on the beach' --model Wan2.1-T2V-1.3B --out cat.mp4"
 )
-@with_flags(FLAGS)
+@with_flags((*FLAGS, *TASK_FLAGS))
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to show.", show_default=False)], **given: object
+    prompt: Annotated[str | None, typer.Argument(help="What to show.", show_default=False)] = None,
+    **given: object,
 ) -> None:
-    """Make a video, or a picture, from words. What is not given is as the model's makers recommend."""
+    """Make a video, or a picture, from words. What is not given is as the model's makers recommend.
+
+    A line of Wan's own generate.py works as well: diffsynth generate --task t2v-14B --ckpt_dir FOLDER ...
+    """
     from diffsynth.cli.generate import run_generate
 
     with plain_errors(bool(given.pop("debug"))):
         run_generate(prompt, given)
+
+
+@app.command(epilog="For example: diffsynth refine --from video-2.mp4 --size 1280*720 --model Wan2.1-T2V-14B")
+@with_flags(REFINE_FLAGS)
+def refine(
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to show; default: the file's.", show_default=False)
+    ] = None,
+    **given: object,
+) -> None:
+    """Make a preview large: the same prompt and seed, begun from the preview instead of noise."""
+    from diffsynth.cli.refine import run_refine
+
+    with plain_errors(bool(given.pop("debug"))):
+        run_refine(prompt, given)
 
 
 @app.command(epilog="For example: diffsynth decode cat.latents.safetensors --tiled")
@@ -160,7 +178,7 @@ def plan(  # noqa: PLR0913
     num_frames: Annotated[int, typer.Option(help="4 k + 1.")] = 81,
     vram: Annotated[float | None, typer.Option(help="GiB of the GPU that may be used.")] = None,
     ram: Annotated[float | None, typer.Option(help="GiB of host memory that may be used.")] = None,
-    dtype: Annotated[PlanDtypeName, typer.Option(help="Of the weights.")] = PlanDtypeName.bf16,
+    dtype: Annotated[DtypeName, typer.Option(help="Of the weights.")] = DtypeName.bf16,
     num_persistent: Annotated[
         int | None, typer.Option(help="About so many parameters of each DiT stay; 0 streams all blocks.")
     ] = None,
@@ -179,9 +197,25 @@ def plan(  # noqa: PLR0913
         rates = Rates(**{name: rate for name, rate in told.items() if rate is not None})
         request = PlanRequest(
             height=height, width=width, num_frames=num_frames, num_branches=1 if no_cfg else 2,
-            dtype=dtype.name, num_persistent=num_persistent, vram_gib=vram, ram_gib=ram, rates=rates,
+            dtype=short_dtype(dtype.value), num_persistent=num_persistent, vram_gib=vram, ram_gib=ram,
+            rates=rates,
         )  # fmt: skip
         run_plan(paths, request, as_json)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="For example: diffsynth train train/recipes/tiny.yaml --run.steps 500",
+)
+def train(context: typer.Context) -> None:
+    """Train a LoRA, or everything: CONFIG.yaml [--key.sub value ...]; --help lists every key."""
+    from diffsynth.cli.train import run_train
+
+    arguments = list(context.args)
+    debug = "--debug" in arguments
+    with plain_errors(debug):
+        run_train([argument for argument in arguments if argument != "--debug"])
 
 
 @app.command()

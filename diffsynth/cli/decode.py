@@ -63,9 +63,10 @@ def run_decode(path: Path, given: Mapping[str, object]) -> None:
 
 
 def _check(path: Path, saved: SavedLatents, values: Mapping[str, Any]) -> Output:
+    from diffsynth.models.wan.dit_config import VAE22_CHANNELS
     from diffsynth.pipelines.saved_latents import SUFFIX
 
-    count, _, num_latents, height, width = saved.latents.shape
+    count, channels, num_latents, height, width = saved.latents.shape
     name = path.name.removesuffix(SUFFIX).removesuffix(".safetensors") + ".mp4"
     out: Path = values["out"] or path.with_name(Path(str(saved.output.get("name") or name)).name)
     num_frames = 4 * (num_latents - 1) + 1
@@ -78,7 +79,8 @@ def _check(path: Path, saved: SavedLatents, values: Mapping[str, Any]) -> Output
     asked_before = Path(str(saved.output.get("name", ""))).suffix.lower()
     if not options and out.suffix.lower() == asked_before:
         options = {name: saved.output[name] for name in ENCODER_OPTIONS if name in saved.output}
-    need_bytes = int(BYTES_PER_PIXEL * count * num_frames * height * width * 64)
+    pixels = height * width * (256 if channels == VAE22_CHANNELS else 64)
+    need_bytes = int(BYTES_PER_PIXEL * count * num_frames * pixels)
     return check_output(out, count, fps=values["fps"], options=options, need_bytes=need_bytes)
 
 

@@ -17,10 +17,15 @@ from typing import Any
 import typer
 
 SamplerName = Enum("SamplerName", {"euler": "euler", "unipc": "unipc", "dpmpp": "dpm++"}, type=str)
-DtypeName = Enum(
-    "DtypeName", {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "fp8"}, type=str
-)
-TORCH_NAMES = {"fp8": "float8_e4m3fn"}  # of dtypes that torch spells otherwise
+TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "float8_e4m3fn"}
+DtypeName = Enum(  # every spelling of --dtype
+    "DtypeName",
+    {
+        "bfloat16": "bfloat16", "bf16": "bf16", "float16": "float16", "fp16": "fp16", "float32": "float32",
+        "fp32": "fp32", "fp8": "fp8",
+    },
+    type=str,
+)  # fmt: skip
 Fp8ComputeName = Enum("Fp8ComputeName", {"widened": "widened", "fp8": "fp8"}, type=str)
 FitName = Enum("FitName", {"trim": "trim", "hold": "hold"}, type=str)
 ResizeName = Enum("ResizeName", {"cover": "cover", "stretch": "stretch", "contain": "contain"}, type=str)
@@ -40,6 +45,7 @@ class Flag:
     panel: str
     spellings: tuple[str, ...] = ()  # default: --the-name
     default: object = None
+    is_hidden: bool = False  # from --help
 
     @property
     def is_call(self) -> bool:
@@ -72,8 +78,10 @@ FLAGS: tuple[Flag, ...] = (
          help="How far noise levels lean to the noisy end: 1 is even, 3 to 12 are usual."),
     Flag(name="switch_DiT_boundary", kind=float, panel=GUIDANCE, spellings=("--switch-dit-boundary",),
          help="Noise level, 0 to 1, where the low-noise expert takes over."),
-    Flag(name="input_video", kind=Path, panel=SOURCE, help="A video, or a folder of pictures."),
+    Flag(name="input_video", kind=Path, panel=SOURCE, spellings=("--input-video", "--init_video"),
+         help="A video, or a folder of pictures."),
     Flag(name="denoising_strength", kind=float, panel=SOURCE,
+         spellings=("--denoising-strength", "--denoising_strength"),
          help="Share of noise laid over --input-video: 0.7 keeps the layout, 1 ignores it."),
     Flag(name="input_image", kind=Path, panel=SOURCE, help="The first frame, of an image-to-video model."),
     Flag(name="end_image", kind=Path, panel=SOURCE, help="The last frame, of an FLF2V or InP model."),
@@ -132,8 +140,8 @@ FLAGS: tuple[Flag, ...] = (
          help="Of --dtype fp8: widened to bfloat16, or multiplied as fp8 where the GPU can."),
     Flag(name="precision", kind=PrecisionName, panel=MODEL,
          help="v1 repeats the arithmetic of DiffSynth-Studio 1.x, for old seeds."),
-    Flag(name="out", kind=Path, panel=FILE, default=Path("video.mp4"), spellings=("--out", "-o"),
-         help=".mp4, .mkv, .mov, .webm or .gif; .png or .jpg for one picture."),
+    Flag(name="out", kind=Path, panel=FILE, spellings=("--out", "-o"),
+         help=".mp4, .mkv, .mov, .webm or .gif; .png or .jpg for one picture. Default: video.mp4."),
     Flag(name="fps", kind=float, panel=FILE, help="Frames per second; the model's own, mostly 16."),
     Flag(name="quality", kind=float, panel=FILE, help="1 (smallest file) to 10 (best); 9."),
     Flag(name="crf", kind=float, panel=FILE, help="The codec's own measure instead: 0 is best."),
@@ -141,6 +149,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="pix_fmt", kind=str, panel=FILE, help="yuv420p shows everywhere; yuv444p keeps full colour."),
     Flag(name="keep_latents", kind=bool, panel=FILE, default=False, spellings=("--keep-latents",),
          help="Keep NAME.latents.safetensors, from which `diffsynth decode` makes the video again."),
+    Flag(name="preview", kind=bool, panel=FILE, default=False, spellings=("--preview",),
+         help="Half the width and height, few steps, 4 seeds (--num-videos-per-prompt) and one sheet of them "
+              "all; `diffsynth refine` goes on from the best."),
     Flag(name="quiet", kind=bool, panel=FILE, default=False, spellings=("--quiet", "-q"),
          help="No progress, only warnings."),
     Flag(name="debug", kind=bool, panel=FILE, default=False, spellings=("--debug",),
@@ -158,6 +169,11 @@ DECODE_FLAGS: tuple[Flag, ...] = (
     Flag(name="fps", kind=float, panel=FILE, help="Frames per second; as in the run, else 16."),
     *(flag for flag in FLAGS if flag.name in _SHARED),
 )  # fmt: skip
+
+
+def short_dtype(name: str) -> str:
+    """Return bf16, fp16, fp32 or fp8 for any spelling of a dtype."""
+    return next((short for short, long in TORCH_NAMES.items() if name == long), name)
 
 
 def with_flags(flags: Sequence[Flag]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -182,6 +198,9 @@ def with_flags(flags: Sequence[Flag]) -> Callable[[Callable[..., None]], Callabl
 def _parameter(flag: Flag) -> inspect.Parameter:
     spellings = flag.spellings or ("--" + flag.name.replace("_", "-"),)
     default: Any = list(flag.default) if isinstance(flag.default, tuple) else flag.default
-    option = typer.Option(default, *spellings, help=flag.help, rich_help_panel=flag.panel, show_default=False)
+    option = typer.Option(
+        default, *spellings, help=flag.help, rich_help_panel=flag.panel, show_default=False,
+        hidden=flag.is_hidden,
+    )  # fmt: skip
     annotation = flag.kind if flag.default is not None else flag.kind | None
     return inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)

@@ -22,6 +22,8 @@ from diffsynth.cli.output import (
     log_to_stderr,
     write_video,
 )
+from diffsynth.cli.preview import NUM_SEEDS, save_sheet, sheet_beside, smaller
+from diffsynth.cli.text_on_cpu import text_on_cpu
 from diffsynth.errors import ArgumentError, CheckpointNotFoundError, DiffSynthError, MissingModelError
 from diffsynth.video import VideoData, check_output_path, load_image
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("diffsynth")
 
+USUAL_OUT = Path("video.mp4")
 TINY_NOTE = (
     "No --model given: the tiny Wan that ships with diffsynth draws small moving shapes. "
     "A real one: --model FOLDER, or --model Wan-AI/Wan2.1-T2V-1.3B --download (17 GB)."
@@ -41,41 +44,87 @@ _USUAL_PIXELS = 480 * 832
 _LATENT_BYTES_PER_PIXEL = 0.25  # 16 channels of float32 for 4 x 8 x 8 pixels
 
 
-def run_generate(prompt: str, given: Mapping[str, object]) -> None:
+def run_generate(prompt: str | None, given: Mapping[str, object]) -> None:
     """Make what was asked for, write it, and say what was written.
 
     Args:
+        prompt: what to show; None: ``given`` tells it.
+        given: the values of `FLAGS` and `TASK_FLAGS`, without ``debug``.
+
+    Raises:
+        DiffSynthError: what was wrong, before a model is loaded where it can be known.
+        typer.BadParameter: without a prompt, or with two.
+    """
+    from diffsynth.cli.generate_task import with_task
+    from diffsynth.cli.tasks import REFINE_TASK
+
+    values: dict[str, Any] = {
+        name: value.value if isinstance(value, Enum) else value for name, value in given.items()
+    }
+    with log_to_stderr(bool(values["quiet"])):
+        if values["task"] == REFINE_TASK:
+            from diffsynth.cli.refine import refined_by_task
+
+            make(*refined_by_task(values["prompt_text"] if prompt is None else prompt, values))
+            return
+        text = _one_prompt(prompt, values["prompt_text"])
+        make(text, with_task(text, values))
+
+
+def make(prompt: str, values: Mapping[str, Any]) -> None:
+    """Load, generate, write, and say what was written.
+
+    Args:
         prompt: what to show.
-        given: the values of `FLAGS`, without ``debug``.
+        values: of `FLAGS`, with ``offload`` (networks rest on the host) and ``t5_cpu`` beside them.
 
     Raises:
         DiffSynthError: what was wrong, before a model is loaded where it can be known.
     """
     from diffsynth.pipelines.saved_latents import latents_kept
 
-    values = {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
-    with log_to_stderr(bool(values["quiet"])):
-        arguments = _call_arguments(prompt, values)
-        output = _check(values, arguments)
-        loras = _loras(values)
-        started = time.monotonic()
-        pipe = _load(values)
-        for path, strength in loras:
-            pipe.load_lora(path, strength)
-        latents = _generate(pipe, arguments)
-        tiles: dict[str, Any] = {name: arguments[name] for name in TILE_FLAGS if name in arguments}
-        settings = _settings(pipe, output, loras)
-        # All of them before the first is decoded: what was computed is safe from here on.
-        kept = [_keep(pipe, latents, output, i, each) for i, each in enumerate(settings)]
-        for index, (path, file) in enumerate(zip(output.paths, kept, strict=True)):
-            with latents_kept(file):
-                made = write_video(pipe, latents[index : index + 1], path, output, settings[index], tiles)
-            if values["keep_latents"]:
-                logger.info("The latents are in %s", file)
-            else:
-                file.unlink(missing_ok=True)
-            seconds = time.monotonic() - started
-            typer.echo(f"{made}, seed {settings[index].get('seed')}, {seconds:.1f} s")
+    arguments = _call_arguments(prompt, values)
+    output = _check(values, arguments)
+    loras = _loras(values)
+    started = time.monotonic()
+    pipe = _load(values)
+    for path, strength in loras:
+        pipe.load_lora(path, strength)
+    more: dict[str, object] = {}  # settings that the call itself does not tell
+    if values["preview"]:
+        arguments, more["preview_of"] = smaller(arguments, pipe.parts)
+    if values["t5_cpu"]:
+        arguments, texts = text_on_cpu(pipe, arguments)
+        more.update(texts)
+    latents = _generate(pipe, arguments)
+    tiles: dict[str, Any] = {name: arguments[name] for name in TILE_FLAGS if name in arguments}
+    settings = _settings(pipe, output, loras, more)
+    # All of them before the first is decoded: what was computed is safe from here on.
+    kept = [_keep(pipe, latents, output, i, each) for i, each in enumerate(settings)]
+    for index, (path, file) in enumerate(zip(output.paths, kept, strict=True)):
+        with latents_kept(file):
+            made = write_video(pipe, latents[index : index + 1], path, output, settings[index], tiles)
+        if values["keep_latents"]:
+            logger.info("The latents are in %s", file)
+        else:
+            file.unlink(missing_ok=True)
+        seconds = time.monotonic() - started
+        typer.echo(f"{made}, seed {settings[index].get('seed')}, {seconds:.1f} s")
+    if values["preview"]:
+        typer.echo(save_sheet(output.paths, settings, sheet_beside(_out(values))))
+
+
+def _one_prompt(unnamed: str | None, named: str | None) -> str:
+    if unnamed is not None and named is not None:
+        raise typer.BadParameter("The prompt is told twice, with --prompt and without a name; give one.")
+    prompt = named if unnamed is None else unnamed
+    if prompt is None:
+        raise typer.BadParameter("There is no prompt; give one: diffsynth generate 'a cat on the beach'.")
+    return prompt
+
+
+def _out(values: Mapping[str, Any]) -> Path:
+    return values["out"] or USUAL_OUT
 
 
 def _call_arguments(prompt: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,8 +132,8 @@ def _call_arguments(prompt: str, values: Mapping[str, Any]) -> dict[str, Any]:
     names = [flag.name for flag in FLAGS if flag.is_call]
     arguments = {name: values[name] for name in names if values[name] not in (None, [])}
     for name in ("input_video", "control_video", "vace_video", "vace_video_mask"):
-        if name in arguments:
-            source: Path = arguments[name]
+        source = arguments.get(name)
+        if isinstance(source, Path):
             arguments[name] = VideoData(image_folder=source) if source.is_dir() else VideoData(source)
     for name in ("input_image", "end_image", "reference_image"):
         if name in arguments:
@@ -109,7 +158,10 @@ def _check(values: Mapping[str, Any], arguments: dict[str, Any]) -> Output:
     """
     from diffsynth.pipelines.saved_latents import latents_beside
 
-    out: Path = values["out"]
+    out = _out(values)
+    if values["preview"]:
+        arguments.setdefault("num_videos_per_prompt", NUM_SEEDS)
+        check_output_path(sheet_beside(out), suffixes=(".png",))
     count = max(1, int(arguments.get("num_videos_per_prompt", 1)))
     if is_picture(out) and arguments.setdefault("num_frames", 1) != 1:
         raise ArgumentError(
@@ -174,7 +226,8 @@ def _load(values: Mapping[str, Any]) -> WanVideoPipeline:
     limits = _limits(values)
     device = resolved_device(values["device"] or (None if paths else "cpu"))
     # Within limits networks rest on the host and come to the device for their turn.
-    manager = ModelManager(getattr(torch, TORCH_NAMES.get(dtype, dtype)), "cpu" if limits else device)
+    rests = bool(limits) or values["offload"] or values["t5_cpu"]
+    manager = ModelManager(getattr(torch, TORCH_NAMES.get(dtype, dtype)), "cpu" if rests else device)
     manager.load_models(local_paths(chosen[0] if len(paths) == 1 else chosen, download=values["download"]))
     pipe = WanVideoPipeline.from_model_manager(
         manager,
@@ -189,7 +242,7 @@ def _load(values: Mapping[str, Any]) -> WanVideoPipeline:
         pipe.choose_kernels(values["attention"], values["fp8_compute"])
     if pipe.parts.vae is None:
         raise MissingModelError(
-            "--model holds no VAE; give its file too: --model DIT --model Wan2.1_VAE.pth."
+            f"--model holds no VAE; give its file too: --model DIT --model {pipe.parts.vae_file}."
         )
     return pipe
 
@@ -227,18 +280,22 @@ def _generate(pipe: WanVideoPipeline, arguments: Mapping[str, Any]) -> Tensor:
 
 
 def _settings(
-    pipe: WanVideoPipeline, output: Output, loras: Sequence[tuple[Path, float]]
+    pipe: WanVideoPipeline,
+    output: Output,
+    loras: Sequence[tuple[Path, float]],
+    more: Mapping[str, object],
 ) -> list[dict[str, object]]:
     """What goes into each file: enough to make it again, and no path of this machine."""
+    from diffsynth.pipelines.request import usual_values
     from diffsynth.pipelines.saved_latents import provenance
 
-    settings = provenance(pipe.parts, pipe.precision, pipe.last_settings)
+    settings = provenance(pipe.parts, pipe.precision, {**pipe.last_settings, **more})
     for name in ("num_videos_per_prompt", "strict", "output_type"):  # of the run, not of this video
         settings.pop(name, None)
     if loras:
         settings["loras"] = {path.name: strength for path, strength in loras}
     if not output.is_picture:
-        settings["fps"] = output.fps or float(str(pipe.parts.generation.get("fps", FPS)))
+        settings["fps"] = output.fps or float(str(usual_values(pipe.parts).get("fps", FPS)))
     seed = settings.get("seed")
     counted = range(len(output.paths))
     return [{**settings, **({"seed": seed + i} if isinstance(seed, int) else {})} for i in counted]

@@ -11,6 +11,7 @@ from diffsynth.checkpoints.architecture import Match
 from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.detect import detect
 from diffsynth.checkpoints.files import group_files
+from diffsynth.cli.flags import TORCH_NAMES
 from diffsynth.errors import AmbiguousModelError, CheckpointError, MemoryBudgetError, MissingModelError
 from diffsynth.models.registry import ARCHITECTURES, NOT_PLANNED
 from diffsynth.vram_management.plan import (
@@ -24,7 +25,6 @@ from diffsynth.vram_management.plan import (
 
 GIB = 2**30
 STORED = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp8": "F8_E4M3"}
-TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "float8_e4m3fn"}
 NETWORKS = {  # architecture -> name in a pipeline; DiTs are told apart by their role
     "wan_video_text_encoder": "text_encoder",
     "wan_video_image_encoder": "image_encoder",

@@ -147,7 +147,12 @@ class CameraConditioner:
                 f"({', '.join(MOVES)}, or joined: LeftUp; camera_control_speed=0 stands still) or "
                 "camera_control_poses=."
             )
-        if not isinstance(direction, str) or not direction or not DIRECTION.fullmatch(direction):
+        if not isinstance(direction, str):
+            raise ArgumentError(
+                f"camera_control_direction is a {type(direction).__name__}; give a word such as 'Left', or "
+                "poses as camera_control_poses=."
+            )
+        if not DIRECTION.fullmatch(direction) or not direction:
             raise ArgumentError(
                 f"camera_control_direction is {direction!r}; give {', '.join(MOVES)}, or one of each pair "
                 "joined in this order: LeftUp, RightDownIn."
@@ -163,6 +168,14 @@ class CameraConditioner:
     def needs_encoder(self, inputs: CameraInputs, parts: Components) -> bool:
         return False
 
+    def check(self, inputs: CameraInputs, geometry: Geometry, parts: Components) -> None:
+        poses = inputs.camera_control_poses
+        if poses is not None and len(poses) != geometry.num_frames:
+            raise ArgumentError(
+                f"camera_control_poses has {len(poses)} poses and num_frames is {geometry.num_frames}; give "
+                "one pose per frame."
+            )
+
     def encode(self, inputs: CameraInputs, geometry: Geometry, parts: Components) -> Contribution:
         poses = inputs.camera_control_poses
         if poses is None:
@@ -171,11 +184,6 @@ class CameraConditioner:
                 inputs.camera_control_direction, geometry.num_frames,
                 speed=inputs.camera_control_speed, origin=inputs.camera_control_origin,
             )  # fmt: skip
-        if len(poses) != geometry.num_frames:
-            raise ArgumentError(
-                f"camera_control_poses has {len(poses)} poses and num_frames is {geometry.num_frames}; give "
-                "one pose per frame."
-            )
         path = camera_path(poses, geometry.height, geometry.width).to(parts.device)
         return Contribution(adapters={"camera": (path, None)})
 

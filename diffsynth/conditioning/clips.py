@@ -6,12 +6,14 @@ Letters: F pixel frames, H W height and width in pixels.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sized
+from contextlib import contextmanager
 from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from diffsynth.errors import ArgumentError
-from diffsynth.video import frames_to_tensor
+from diffsynth.video import frames_to_tensor, picture_size
 from diffsynth.video.pixels import iterate_frames
 
 if TYPE_CHECKING:
@@ -25,6 +27,35 @@ logger = logging.getLogger("diffsynth")
 
 Fit: TypeAlias = Literal["trim", "hold"]
 FITS = ("trim", "hold")
+
+
+@contextmanager
+def about(name: str, *, is_picture: bool = False) -> Iterator[None]:
+    """Let an error about a frame say which input it is of.
+
+    Args:
+        name: of the argument.
+        is_picture: whether the input is one picture, whose number says nothing.
+    """
+    try:
+        yield
+    except ArgumentError as error:
+        text = str(error)
+        told = re.sub(r"^frames ", f"{name} ", text)
+        told = re.sub(r"^frame (\d+) ", f"{name} " if is_picture else rf"frame \1 of {name} ", told)
+        if told == text:
+            raise
+        raise ArgumentError(told) from error
+
+
+def check_picture(picture: Frame, name: str) -> None:
+    """Raise for what is no picture, before any network is asked; its values are looked at later.
+
+    Raises:
+        ArgumentError: for a wrong type or shape.
+    """
+    with about(name, is_picture=True):
+        picture_size(picture)
 
 
 def clip_to_tensor(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | None) -> Tensor:
@@ -42,9 +73,10 @@ def clip_to_tensor(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | 
     Raises:
         ArgumentError: as `fitted_frames`, and for frames of unequal sizes, or a wrong shape, type or range.
     """
-    return frames_to_tensor(
-        fitted_frames(frames, geometry, name=name, fit=fit), geometry.height, geometry.width
-    )
+    with about(name):
+        return frames_to_tensor(
+            fitted_frames(frames, geometry, name=name, fit=fit), geometry.height, geometry.width
+        )
 
 
 def check_length(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | None) -> None:
@@ -61,7 +93,9 @@ def check_length(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | No
             not mend.
     """
     _check_fit(fit)
-    if not isinstance(frames, Iterator):
+    if isinstance(frames, Iterator):
+        return
+    with about(name):
         _checked_length(_counted(frames), geometry, name, fit)
 
 

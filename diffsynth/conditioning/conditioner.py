@@ -99,6 +99,16 @@ class Components(Protocol):
         ...
 
     @property
+    def holds_first_frame(self) -> bool:
+        """Whether a given first frame is a latent that stays clean, with a clock of its own."""
+        ...
+
+    @property
+    def vae_file(self) -> str:
+        """Name of the released file of the VAE that the DiT was made for."""
+        ...
+
+    @property
     def adapters(self) -> frozenset[str]:
         """Names of the adapters beside the DiT."""
         ...

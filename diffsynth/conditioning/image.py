@@ -1,4 +1,4 @@
-"""Pictures that the video begins and ends with: planes beside the noise, and tokens of the image encoder.
+"""Pictures that the video begins and ends with: planes or frames held clean, and tokens of the image encoder.
 
 Letters: B batch, F pixel frames, T latent frames, H W pixels, h w latent positions, C latent channels.
 Two conditioners share one `ImageInputs`, because two encoders read it.
@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, ClassVar
 
+from diffsynth.conditioning.clips import about, check_picture
 from diffsynth.conditioning.conditioner import Components, Geometry
-from diffsynth.conditioning.conditions import Contribution
+from diffsynth.conditioning.conditions import Contribution, LatentPlan
 from diffsynth.errors import ArgumentError, MissingModelError, UnusedInputError
-from diffsynth.video import Frame, Resize, frames_to_tensor, picture_size
+from diffsynth.video import Frame, Resize, covering_tensor, frames_to_tensor, picture_size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FRAMES_OF_A_LATENT = 4  # pixel frames, except of the first latent, which is one frame
 IMAGE_TOKENS = 257  # of one picture, by the released encoder
-TAKERS = "I2V-14B, FLF2V-14B, Fun InP, Fun Control and Wan2.2 I2V-A14B take it"
+TAKERS = "I2V-14B, FLF2V-14B, Fun InP, Fun Control, Wan2.2 I2V-A14B and TI2V-5B take it"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,19 +67,50 @@ def size_within(size: tuple[int, int], max_area: int, multiples: tuple[int, int]
     Source: Wan2.1 ``wan/image2video.py``. Rounded down as there, in float64: a picture that already has the
     area may lose a row of patches (480 x 832 becomes 464 x 832).
     """
-    if not isinstance(max_area, Integral) or max_area < 1:
-        raise ArgumentError(f"max_area is {max_area!r}; give a number of pixels, such as 480 * 832.")
+    _check_area(max_area)
     aspect = size[0] / size[1]
     sides = (math.sqrt(max_area * aspect), math.sqrt(max_area / aspect))
     height, width = (
         int(side // multiple) * multiple for side, multiple in zip(sides, multiples, strict=True)
     )
     if not height or not width:
-        raise ArgumentError(
-            f"max_area is {max_area}, too small for a picture of {size[1]}x{size[0]}: height and width are "
-            f"multiples of {multiples[0]} and {multiples[1]}."
-        )
+        raise _too_small(size, max_area, multiples)
     return height, width
+
+
+def size_nearest(size: tuple[int, int], max_area: int, multiples: tuple[int, int]) -> tuple[int, int]:
+    """Return height and width of a video with nearly a picture's proportions: TI2V's rule.
+
+    The width is rounded down first and the height follows from the area, or the other way round, whichever
+    comes nearer to the picture's proportions. Arguments and errors are those of `size_within`.
+
+    Source: Wan2.2 ``wan/utils/utils.py`` best_output_size; of two equally near ones the second.
+    """
+    _check_area(max_area)
+    ratio = size[1] / size[0]
+    wide = math.sqrt(max_area * ratio)
+    height_step, width_step = multiples
+    found = []
+    if width := int(wide // width_step) * width_step:
+        found.append((int(max_area / width // height_step) * height_step, width))
+    if height := int(max_area / wide // height_step) * height_step:
+        found.append((height, int(max_area / height // width_step) * width_step))
+    found = [(height, width) for height, width in reversed(found) if height and width]
+    if not found:
+        raise _too_small(size, max_area, multiples)
+    return min(found, key=lambda sides: max(ratio * sides[0] / sides[1], sides[1] / sides[0] / ratio))
+
+
+def _check_area(max_area: int) -> None:
+    if not isinstance(max_area, Integral) or max_area < 1:
+        raise ArgumentError(f"max_area is {max_area!r}; give a number of pixels, such as 480 * 832.")
+
+
+def _too_small(size: tuple[int, int], max_area: int, multiples: tuple[int, int]) -> ArgumentError:
+    return ArgumentError(
+        f"max_area is {max_area}, too small for a picture of {size[1]}x{size[0]}: height and width are "
+        f"multiples of {multiples[0]} and {multiples[1]}."
+    )
 
 
 def known_frames(geometry: Geometry, *, has_end: bool) -> Tensor:
@@ -103,7 +135,8 @@ def fitted(image: Frame, inputs: ImageInputs, geometry: Geometry, *, log: bool =
     from torch.nn.functional import interpolate
 
     if inputs.max_area is None:
-        return frames_to_tensor([image], geometry.height, geometry.width, inputs.resize, log=log)
+        with about(_name_of(image, inputs), is_picture=True):
+            return frames_to_tensor([image], geometry.height, geometry.width, inputs.resize, log=log)
     # As officially: bicubic without antialiasing, not clamped; the proportions differ by the rounding only.
     whole = _original(image, inputs, log=log)[:, :, 0].float()
     size = (geometry.height, geometry.width)
@@ -115,15 +148,23 @@ def _original(image: Frame, inputs: ImageInputs, *, log: bool) -> Tensor:
     assert inputs.input_image is not None
     first, size = picture_size(inputs.input_image), picture_size(image)
     is_reference = image is inputs.reference_image
-    return frames_to_tensor([image], *(size if is_reference else first), log=log)
+    with about(_name_of(image, inputs), is_picture=True):
+        return frames_to_tensor([image], *(size if is_reference else first), log=log)
+
+
+def _name_of(image: Frame, inputs: ImageInputs) -> str:
+    names = ("input_image", "end_image", "reference_image")
+    return next(name for name in names if getattr(inputs, name) is image)
 
 
 class ImageConditioner:
-    """First and last frame in the planes "mask" and "image".
+    """First and last frame in the planes "mask" and "image", or the first frame as a latent held clean.
 
     With a plane "mask" the video of these frames and grey between them is coded; without it (Fun Control and
     Camera of Wan2.1) the picture alone, as the first of latent frames that are zero otherwise.
-    Source: Wan2.1 ``wan/image2video.py``, ``wan/first_last_frame2video.py``; VideoX-Fun for Control.
+    TI2V has no planes: its first latent frame is that of the picture, and its clock stands at 0.
+    Source: Wan2.1 ``wan/image2video.py``, ``wan/first_last_frame2video.py``; VideoX-Fun for Control; Wan2.2
+    ``wan/textimage2video.py``.
     """
 
     Inputs: ClassVar[type] = ImageInputs
@@ -133,7 +174,7 @@ class ImageConditioner:
         if inputs.input_image is None:
             _check_absent(inputs, parts)
             return tuple(parts.planes) == ("image",)
-        if "image" not in parts.planes:
+        if "image" not in parts.planes and not parts.holds_first_frame:
             raise UnusedInputError(
                 f"input_image was given, but the loaded model reads no picture; {TAKERS}. To begin with a "
                 "picture on a VACE model, give it as the first frame of vace_video."
@@ -149,11 +190,22 @@ class ImageConditioner:
                 "or load an I2V model."
             )
         if parts.vae is None:
-            raise MissingModelError("input_image needs the VAE; load it (Wan2.1_VAE.pth).")
+            raise MissingModelError(f"input_image needs the VAE; load it ({parts.vae_file}).")
         return True
 
     def needs_encoder(self, inputs: ImageInputs, parts: Components) -> bool:
         return inputs.input_image is not None
+
+    def check(self, inputs: ImageInputs, geometry: Geometry, parts: Components) -> None:
+        for name in ("input_image", "end_image"):
+            if (picture := getattr(inputs, name)) is not None:
+                check_picture(picture, name)
+        if inputs.input_image is not None and parts.holds_first_frame and geometry.num_frames == 1:
+            raise ArgumentError(
+                "num_frames is 1 and input_image is the first frame: nothing is left to make; give 5 or more."
+            )
+        if inputs.end_image is not None and geometry.num_frames == 1:
+            raise ArgumentError("end_image was given and num_frames is 1; give 5 or more frames.")
 
     def encode(self, inputs: ImageInputs, geometry: Geometry, parts: Components) -> Contribution:
         import torch
@@ -161,14 +213,14 @@ class ImageConditioner:
         shape = (geometry.num_videos, *geometry.latent_shape[1:])
         if inputs.input_image is None:
             return Contribution(planes={"image": (torch.zeros(shape, device=parts.device), None)})
+        if "image" not in parts.planes:
+            return Contribution(latents=LatentPlan(pinned=self._first_latent(inputs, geometry, parts)))
         video = fitted(inputs.input_image, inputs, geometry)
         if "mask" not in parts.planes:
             plane = torch.zeros((1, *shape[1:]), device=parts.device)
             plane[:, :, :1] = self._encode(video, inputs, parts)
             return Contribution(planes={"image": (plane.expand(shape), None)})
         has_end = inputs.end_image is not None
-        if has_end and geometry.num_frames == 1:
-            raise ArgumentError("end_image was given and num_frames is 1; give 5 or more frames.")
         between = video.new_zeros(1, 3, geometry.num_frames - 1 - has_end, geometry.height, geometry.width)
         parts_of_video = [video, between]
         if inputs.end_image is not None:
@@ -181,6 +233,15 @@ class ImageConditioner:
                 "image": (plane.expand(shape), None),
             }
         )
+
+    def _first_latent(self, inputs: ImageInputs, geometry: Geometry, parts: Components) -> Tensor:
+        """(B, C, 1, h, w), the same for all videos of a batch; with ``max_area`` resized as officially."""
+        assert inputs.input_image is not None
+        if inputs.max_area is None:
+            video = fitted(inputs.input_image, inputs, geometry)
+        else:
+            video = covering_tensor(inputs.input_image, geometry.height, geometry.width)
+        return self._encode(video, inputs, parts).expand(geometry.num_videos, -1, -1, -1, -1)
 
     def _encode(self, video: Tensor, inputs: ImageInputs, parts: Components) -> Tensor:
         import torch
@@ -240,7 +301,8 @@ def _seen(image: Frame, inputs: ImageInputs, geometry: Geometry) -> Tensor:
     if inputs.max_area is not None:
         return _original(image, inputs, log=False)
     if image is inputs.reference_image:
-        return frames_to_tensor([image], geometry.height, geometry.width, log=False)
+        with about("reference_image", is_picture=True):
+            return frames_to_tensor([image], geometry.height, geometry.width, log=False)
     return fitted(image, inputs, geometry, log=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from diffsynth.conditioning.clips import about, check_picture
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution
 from diffsynth.errors import MissingModelError, UnusedInputError
@@ -53,11 +54,16 @@ class ReferenceConditioner:
     def needs_encoder(self, inputs: ReferenceInputs, parts: Components) -> bool:
         return True
 
+    def check(self, inputs: ReferenceInputs, geometry: Geometry, parts: Components) -> None:
+        assert inputs.reference_image is not None
+        check_picture(inputs.reference_image, "reference_image")
+
     def encode(self, inputs: ReferenceInputs, geometry: Geometry, parts: Components) -> Contribution:
         import torch
 
         assert parts.vae is not None and inputs.reference_image is not None
-        picture = frames_to_tensor([inputs.reference_image], geometry.height, geometry.width)
+        with about("reference_image", is_picture=True):
+            picture = frames_to_tensor([inputs.reference_image], geometry.height, geometry.width)
         with torch.no_grad():
             latents = parts.vae.encode(picture.to(parts.device))
         given = Reference(latents=latents.expand(geometry.num_videos, -1, -1, -1, -1))

@@ -114,6 +114,10 @@ class TextConditioner:
         return any(cache is None or cache.find(text) is None for text in inputs.distinct_texts)
 
     def encode(self, inputs: TextInputs, geometry: Geometry, parts: Components) -> Contribution:
+        return Contribution(text=self.features(inputs, parts))
+
+    def features(self, inputs: TextInputs, parts: Components) -> tuple[Tensor, Tensor | None]:
+        """Both sides, (B, tokens, D) with zero rows behind the shorter; None: without guidance."""
         cache = _cache(inputs, parts)
         rows = inputs.prompt_embeds
         count = inputs.num_prompts
@@ -124,14 +128,14 @@ class TextConditioner:
         )
         positive = _pad(_repeat(features, inputs.num_videos_per_prompt))
         if not inputs.is_guided:
-            return Contribution(text=(positive, None))
+            return positive, None
         negative_rows = inputs.negative_prompt_embeds
         if negative_rows is None:
             texts = _as_list(inputs.negative_prompt, count, "negative_prompt")
             negatives = self._encode(texts, parts, cache)
         else:
             negatives = [*negative_rows.expand(count, -1, -1)]
-        return Contribution(text=(positive, _pad(_repeat(negatives, inputs.num_videos_per_prompt))))
+        return positive, _pad(_repeat(negatives, inputs.num_videos_per_prompt))
 
     def _encode(self, texts: Sequence[str], parts: Components, cache: TextCache | None) -> list[Tensor]:
         """Features (tokens, D) of every text, without padding; equal texts are encoded once."""

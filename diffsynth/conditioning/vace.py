@@ -8,16 +8,17 @@ Mask: 1 (white) is made anew, 0 (black) is kept. Source: Wan2.1 ``wan/vace.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffsynth.conditioning.clips import Fit, check_length, clip_to_tensor
+from diffsynth.conditioning.clips import Fit, about, check_length, check_picture, clip_to_tensor
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution, LatentPlan
 from diffsynth.errors import ArgumentError, MissingModelError, UnusedInputError
 from diffsynth.sampling.registry import SAMPLERS
 from diffsynth.video import frames_to_tensor, picture_size
+from diffsynth.video.pixels import iterate_frames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +71,7 @@ class VaceInputs:
         given: Any = self.vace_reference_image
         if given is None:
             return []
-        is_one = hasattr(given, "getbands") or getattr(given, "ndim", 0) in (2, 3)
+        is_one = isinstance(given, str) or hasattr(given, "getbands") or getattr(given, "ndim", 0) in (2, 3)
         return [given] if is_one else list(given)
 
     @property
@@ -130,6 +131,9 @@ class VaceConditioner:
         for name in ("vace_video", "vace_video_mask"):
             if (frames := getattr(inputs, name)) is not None:
                 check_length(frames, geometry, name=name, fit=inputs.fit)
+        for picture in inputs.references:
+            check_picture(picture, "vace_reference_image")
+        _check_shapes(inputs)
 
     def encode(self, inputs: VaceInputs, geometry: Geometry, parts: Components) -> Contribution:
         scales = _scales(inputs)
@@ -207,7 +211,8 @@ def reference_canvas(picture: Frame, height: int, width: int) -> Tensor:
     import torch.nn.functional as F
 
     own = picture_size(picture)
-    pixels = frames_to_tensor([picture], *own)[0, :, 0]
+    with about("vace_reference_image", is_picture=True):
+        pixels = frames_to_tensor([picture], *own)[0, :, 0]
     if own == (height, width):
         return pixels
     scale = min(height / own[0], width / own[1])
@@ -217,6 +222,23 @@ def reference_canvas(picture: Frame, height: int, width: int) -> Tensor:
     top, left = (height - rows) // 2, (width - columns) // 2
     canvas[:, top : top + rows, left : left + columns] = fitted
     return canvas
+
+
+def _check_shapes(inputs: VaceInputs) -> None:
+    """A mask of other proportions would be cropped in another way than its video."""
+    sizes = []
+    for name in ("vace_video", "vace_video_mask"):
+        frames = getattr(inputs, name)
+        if frames is None or isinstance(frames, Iterator):
+            return
+        with about(name):
+            sizes.append(picture_size(next(iter(iterate_frames(frames)))))
+    (height, width), (mask_height, mask_width) = sizes
+    if abs(height * mask_width / width - mask_height) >= 1:
+        raise ArgumentError(
+            f"vace_video_mask is {mask_width}x{mask_height} and vace_video {width}x{height}; give a mask of "
+            "the video's proportions."
+        )
 
 
 def _video_and_mask(inputs: VaceInputs, geometry: Geometry) -> tuple[Tensor | None, Tensor]:

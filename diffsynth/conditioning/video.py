@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from diffsynth.conditioning.clips import about
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution, LatentPlan
 from diffsynth.errors import ArgumentError, MissingModelError
@@ -48,7 +49,7 @@ class VideoConditioner:
                 "denoising_strength is 1: nothing of input_video is kept; 0.7 keeps its layout, 0.3 its look."
             )
         if parts.vae is None:
-            raise MissingModelError("input_video needs the VAE; load it (Wan2.1_VAE.pth).")
+            raise MissingModelError(f"input_video needs the VAE; load it ({parts.vae_file}).")
         return True
 
     def needs_encoder(self, inputs: VideoInputs, parts: Components) -> bool:
@@ -56,6 +57,9 @@ class VideoConditioner:
 
     def check(self, inputs: VideoInputs, geometry: Geometry, parts: Components) -> None:
         assert inputs.input_video is not None
+        if isinstance(inputs.input_video, str):
+            path = repr(inputs.input_video)
+            raise ArgumentError(f"input_video is {path}; open a file first: VideoData({path}).")
         length = len(inputs.input_video)
         if not length:
             raise ArgumentError(f"input_video is empty; give {geometry.num_frames} frames or more.")
@@ -70,7 +74,8 @@ class VideoConditioner:
 
         assert parts.vae is not None and inputs.input_video is not None
         frames = inputs.input_video[: geometry.num_frames]
-        video = frames_to_tensor(frames, geometry.height, geometry.width)
+        with about("input_video"):
+            video = frames_to_tensor(frames, geometry.height, geometry.width)
         with torch.no_grad():
             start = parts.vae.encode(
                 video.to(parts.device), tile_size=inputs.tile_size, tile_stride=inputs.tile_stride

@@ -61,6 +61,7 @@ def denoise(  # noqa: PLR0913 (a generation has this many parts; each is named b
     """
     clean_frames = torch.arange(latents.shape[2]) < plan.num_pinned
     for index, told in enumerate(progress(sampler.timesteps)):
+        experts.foresee(sampler.timesteps[index + 1] if index + 1 < len(sampler.timesteps) else None)
         time = told if timestep_dtype is None else told.to(timestep_dtype)
         timestep = time.double().expand(latents.shape[0])
         is_high = experts.is_high(told)

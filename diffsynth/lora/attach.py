@@ -1,13 +1,16 @@
 """LoRAs that stay beside the weights: a Linear layer with branches, and tensors that are changed when read.
 
-The branches' factors are parameters of the network, so that they move, stream and train with their block.
-Taking the last branch away puts the very layer back that was there before.
+The branches' factors are parameters of the network, so that they move, stream and train with their block
+(those that train do not stream). Taking the last branch away puts the very layer back that was there before.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,7 @@ from diffsynth.errors import ArgumentError
 from diffsynth.lora.changes import (
     Change,
     Decomposed,
+    Kronecker,
     LowRank,
     as_matrix,
     changed,
@@ -27,6 +31,9 @@ from diffsynth.lora.changes import (
 )
 from diffsynth.lora.formats import LayerChange
 from diffsynth.ops.fp8 import Fp8Linear
+
+REGEX = "re:"  # a target that begins so is a regular expression for whole names of layers
+Init = Literal["kaiming", "gaussian"]
 
 
 class Dial:
@@ -53,13 +60,15 @@ class Dial:
 class _Factors(nn.Module):
     """The tensors of one change, as parameters, and the formula that reads them."""
 
-    def __init__(self, change: Change, dial: Dial, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, change: Change, dial: Dial, device: torch.device, dtype: torch.dtype, *, trains: bool = False
+    ) -> None:
         super().__init__()
-        self.dial = dial
+        self.dial, self.trains = dial, trains
         tensors = tensors_of(change)
         for name, tensor in tensors.items():
             own = tensor.to(device, dtype, copy=True).contiguous()  # none keeps the LoRA's file mapped
-            self.register_parameter(name, nn.Parameter(own, requires_grad=False))
+            self.register_parameter(name, nn.Parameter(own, requires_grad=trains))
         self._names = tuple(tensors)
         self._formula: Change = with_tensors(change, {name: torch.empty(0) for name in tensors})
 
@@ -77,7 +86,8 @@ class LoRABranch(_Factors):
         dial: tells the strength.
         device: of the factors.
         dtype: of the factors.
-        original: the layer's weight (N, K) in float32; only DoRA reads it, once.
+        original: the layer's weight (N, K) in float32; only a DoRA that does not train reads it, once.
+        trains: the factors get gradients, and a DoRA's lengths are measured at each call.
     """
 
     def __init__(
@@ -87,11 +97,13 @@ class LoRABranch(_Factors):
         device: torch.device,
         dtype: torch.dtype,
         original: Tensor | None = None,
+        *,
+        trains: bool = False,
     ) -> None:
-        super().__init__(change, dial, device, dtype)
+        super().__init__(change, dial, device, dtype, trains=trains)
         self.gain: Tensor | None
         gain = None
-        if isinstance(change, Decomposed):
+        if isinstance(change, Decomposed) and not trains:
             assert original is not None
             gain = change.gain(as_matrix(original)).flatten().to(device, dtype)
         self.register_buffer("gain", gain)
@@ -102,9 +114,14 @@ class LoRABranch(_Factors):
         if isinstance(change, LowRank):
             hidden = F.linear(x, change.down.to(x.dtype))
             return _plus_product(y, hidden, change.up.to(x.dtype), strength * change.scale)
+        if isinstance(change, Kronecker) and self.trains:
+            return _plus(y, _kronecker_product(change, x), strength * change.scale)
         if isinstance(change, Decomposed):
-            assert self.gain is not None
-            gain, plain = self.gain.to(x.dtype), layer.without_bias(x)
+            gain = (self._gain_now(change, layer) if self.gain is None else self.gain).to(x.dtype)
+            plain = layer.without_bias(x)
+            if self.trains and isinstance(change.inner, LowRank) and change.is_per_row:
+                product = F.linear(F.linear(x, change.inner.down.to(x.dtype)), change.inner.up.to(x.dtype))
+                return y + strength * ((gain - 1) * plain + gain * change.inner.scale * product)
             if change.is_per_row:
                 new = (plain + F.linear(x, self._whole(change.inner, x))) * gain
             else:
@@ -112,6 +129,15 @@ class LoRABranch(_Factors):
                 new = layer.without_bias(turned) + F.linear(turned, self._whole(change.inner, x))
             return y + strength * (new - plain)
         return _plus(y, F.linear(x, self._whole(change, x)), strength)
+
+    @staticmethod
+    def _gain_now(change: Decomposed, layer: LoRALinear) -> Tensor:
+        """Magnitude over length, (N,) or (K,) float32: the length counts as a constant (DoRA paper, 4.3)."""
+        base = layer.base
+        with torch.no_grad():
+            weight = base.widened(torch.float32) if isinstance(base, Fp8Linear) else base.weight
+            inverse = replace(change, magnitude=torch.ones_like(change.magnitude)).gain(as_matrix(weight))
+        return change.magnitude.flatten() * inverse.flatten()
 
     def _whole(self, change: Change, x: Tensor) -> Tensor:
         assert not isinstance(change, Decomposed)
@@ -170,6 +196,9 @@ class LoRALinear(nn.Module):
         return [b for b in branches if isinstance(b, _Factors) and b.dial.value != 0.0]
 
 
+AnyLinear = nn.Linear | Fp8Linear | LoRALinear
+
+
 class ChangedTensor(_Factors):
     """A tensor that is no Linear's, changed each time it is read: norms, modulation, convolutions."""
 
@@ -187,6 +216,19 @@ def _plus_product(y: Tensor, hidden: Tensor, up: Tensor, strength: float) -> Ten
     return y
 
 
+def _kronecker_product(change: Kronecker, x: Tensor) -> Tensor:
+    """kron(w1, w2) x for x (..., K1 K2), without the whole matrix: (..., N1 N2)."""
+
+    def times(z: Tensor, matrix: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        for factor in reversed(matrix) if isinstance(matrix, tuple) else (matrix.flatten(1),):
+            z = F.linear(z, factor.to(z.dtype))
+        return z
+
+    num_first = (change.w1[1] if isinstance(change.w1, tuple) else change.w1).shape[1]
+    inner = times(x.view(*x.shape[:-1], num_first, -1), change.w2)  # (..., K1, N2)
+    return times(inner.transpose(-1, -2), change.w1).transpose(-1, -2).flatten(-2)
+
+
 def _plus(y: Tensor, other: Tensor, strength: float) -> Tensor:
     return y + strength * other if torch.is_grad_enabled() else y.add_(other, alpha=strength)
 
@@ -197,6 +239,8 @@ def attach(
     dial: Dial,
     originals: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    trains: bool = False,
 ) -> None:
     """Put changes beside the tensors of a network.
 
@@ -204,8 +248,9 @@ def attach(
         network: gets them in place; its own tensors stay as they are.
         changes: by name of the tensor ("blocks.0.self_attn.q.weight"); they fit it.
         dial: tells the strength, now and later.
-        originals: of tensors that a DoRA changes, without any LoRA.
+        originals: of tensors that a DoRA changes, without any LoRA; not read where it trains.
         dtype: of the factors; None: that of the tensor beside them, bfloat16 beside fp8.
+        trains: the factors get gradients.
     """
     for name, change in changes.items():
         parent, _, leaf = name.rpartition(".")
@@ -219,13 +264,13 @@ def attach(
         assert isinstance(tensor, Tensor)
         kind = dtype or (torch.bfloat16 if isinstance(base, Fp8Linear) else tensor.dtype)
         if not isinstance(layer, LoRALinear):
-            own = ChangedTensor(change, dial, tensor.device, kind)
+            own = ChangedTensor(change, dial, tensor.device, kind, trains=trains)
             parametrize.register_parametrization(layer, leaf, own, unsafe=True)
         elif leaf == "weight":
             original = (originals or {}).get(name)
-            layer.branches.append(LoRABranch(change, dial, tensor.device, kind, original))
+            layer.branches.append(LoRABranch(change, dial, tensor.device, kind, original, trains=trains))
         else:
-            layer.offsets.append(_Factors(change, dial, tensor.device, kind))
+            layer.offsets.append(_Factors(change, dial, tensor.device, kind, trains=trains))
 
 
 def detach(network: nn.Module, dial: Dial) -> None:
@@ -272,16 +317,24 @@ def attached_layers(network: nn.Module, dial: Dial) -> dict[str, LayerChange]:
 
 
 def fresh_changes(
-    network: nn.Module, targets: Sequence[str], rank: int, alpha: float | None = None, seed: int = 0
+    network: nn.Module,
+    targets: Sequence[str],
+    rank: int,
+    alpha: float | None = None,
+    seed: int = 0,
+    init: Init = "kaiming",
 ) -> dict[str, Change]:
-    """New factors for training: A drawn as a Linear layer's weight is, B zero, so that nothing changes yet.
+    """New factors for training: A drawn, B zero, so that nothing changes yet.
 
     Args:
         network: a DiT or an adapter.
-        targets: ends of the names of Linear layers ("q", "ffn.0"), as PEFT matches them.
+        targets: ends of the names of Linear layers ("q", "ffn.0"), as PEFT matches them, or "re:" and a
+            regular expression for whole names.
         rank: r.
         alpha: None: r, so that the scale is 1.
         seed: of the draw.
+        init: of A: "kaiming", as a Linear layer's weight is drawn, or "gaussian" of deviation 1 / r; both as
+            in PEFT.
 
     Raises:
         ArgumentError: for a rank below 1, or a target that no Linear layer has; names it.
@@ -289,22 +342,41 @@ def fresh_changes(
     if rank < 1:
         raise ArgumentError(f"lora_rank is {rank}; give 1 or more (4 to 128 are usual).")
     generator = torch.Generator("cpu").manual_seed(seed)
-    layers = {
+    changes: dict[str, Change] = {}
+    for name, layer in target_layers(linear_layers(network), targets).items():
+        down = drawn(torch.empty(rank, layer.in_features), generator, init)
+        changes[f"{name}.weight"] = LowRank(down, torch.zeros(layer.out_features, rank), alpha)
+    return changes
+
+
+def drawn(factor: Tensor, generator: torch.Generator, init: Init) -> Tensor:
+    """Fill a factor (r, K) with numbers; see `fresh_changes`."""
+    if init == "gaussian":
+        return factor.normal_(std=1 / len(factor), generator=generator)
+    bound = 1 / math.sqrt(factor.shape[1])
+    return factor.uniform_(-bound, bound, generator=generator)
+
+
+def linear_layers(network: nn.Module) -> dict[str, AnyLinear]:
+    """Every Linear layer of a network by its name, whatever is attached to it."""
+    return {
         n: m
         for n, m in network.named_modules()
         if isinstance(m, (nn.Linear, Fp8Linear, LoRALinear)) and not n.endswith(".base")
     }
-    ends = {t: [n for n in layers if n == t or n.endswith(f".{t}")] for t in targets}
-    if lost := [target for target, names in ends.items() if not names]:
+
+
+def target_layers(layers: Mapping[str, AnyLinear], targets: Sequence[str]) -> dict[str, AnyLinear]:
+    """Those of ``layers`` that ``targets`` name; see `fresh_changes`."""
+
+    def fits(name: str, target: str) -> bool:
+        if target.startswith(REGEX):
+            return re.fullmatch(target.removeprefix(REGEX), name) is not None
+        return name == target or name.endswith(f".{target}")
+
+    if lost := [target for target in targets if not any(fits(name, target) for name in layers)]:
         raise ArgumentError(
             f"No Linear layer's name ends in {', '.join(lost)}; names are such as "
             f"{', '.join(list(layers)[:4])}."
         )
-    wanted = {name for names in ends.values() for name in names}
-    changes: dict[str, Change] = {}
-    for name, layer in layers.items():
-        if name in wanted:
-            bound = 1 / math.sqrt(layer.in_features)
-            down = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
-            changes[f"{name}.weight"] = LowRank(down, torch.zeros(layer.out_features, rank), alpha)
-    return changes
+    return {name: layer for name, layer in layers.items() if any(fits(name, t) for t in targets)}

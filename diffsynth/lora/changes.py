@@ -251,11 +251,19 @@ def changed(original: Tensor, changes: Sequence[tuple[Change, float]], dtype: to
         changes: with their strengths; they fit the weight.
         dtype: of the result.
     """
+    out = torch.empty(original.shape, dtype=dtype, device=original.device)
+    matrix = as_matrix(out)
+    for where, rows in changed_rows(original, changes):
+        matrix[where] = rows
+    return out
+
+
+def changed_rows(original: Tensor, changes: Sequence[tuple[Change, float]]) -> Iterator[tuple[slice, Tensor]]:
+    """Yield rows of (N, K) and what `changed` makes of them, in float32, or float64 for a float64 weight."""
     matrix = as_matrix(original)
     work = torch.promote_types(original.dtype, torch.float32)
     ready = [(moved(change, original.device, work), strength) for change, strength in changes]
     gains = {i: c.gain(matrix) for i, (c, _) in enumerate(ready) if isinstance(c, Decomposed)}
-    out = torch.empty(original.shape, dtype=dtype, device=original.device)
     for where in row_pieces(matrix):
         rows = matrix[where].to(work, copy=True)
         start = rows.clone() if gains else rows
@@ -268,8 +276,7 @@ def changed(original: Tensor, changes: Sequence[tuple[Change, float]], dtype: to
                 rows.add_(whole.sub_(start), alpha=strength)
             else:
                 change.add_to(rows, where, strength)
-        as_matrix(out)[where] = rows
-    return out
+        yield where, rows
 
 
 def delta(change: Change, original: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -206,7 +206,7 @@ def _layer(name: str, parts: Mapping[str, str], checkpoint: Checkpoint, alphas: 
             f"{checkpoint.source} changes the bias of {name} twice: {', '.join(parts[b] for b in biases)}."
         )
     bias = get(biases[0]) if biases else None
-    if isinstance(weight, LowRank) and given is None:
+    if isinstance(weight, LowRank | Kronecker) and given is None and weight.rank is not None:
         weight = replace(weight, alpha=alphas.of_layer(parts, weight.rank))
     if bias is not None and biases == ["bias"] and isinstance(weight, LowRank) and weight.scale != 1.0:
         bias = bias * weight.scale  # the bias of the second factor is scaled with it
@@ -291,7 +291,7 @@ class _Alphas:
         return cls({})
 
     def of_layer(self, parts: Mapping[str, str], rank: int) -> float | None:
-        key = parts["down"]
+        key = next(iter(parts.values()))
         for prefix, settings in self.settings.items():
             if not key.startswith(prefix):
                 continue

@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize
 from diffsynth.checkpoints.build import fp8_pair
 from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.lora.attach import LoRALinear
-from diffsynth.lora.changes import Change, changed
-from diffsynth.ops.fp8 import Fp8Linear, quantise
+from diffsynth.lora.changes import Change, changed, changed_rows
+from diffsynth.ops.fp8 import FP8, Fp8Linear, quantise
 
 
 def fuse(
@@ -40,14 +40,29 @@ def fuse(
     device = tensor.device
     if isinstance(holder, Fp8Linear) and leaf == "weight":
         if changes:
-            wide = checkpoint.tensor(name, device, torch.float32)
-            elements, scale = quantise(changed(wide, changes, torch.float32), name)
+            elements, scale = _quantised(_original(checkpoint, name, device), changes, name)
         else:
             elements, scale = fp8_pair(checkpoint, name, device)
         tensor.data, holder.weight_scale.data = elements, scale
-        return
-    original = checkpoint.tensor(name, device, tensor.dtype)
-    tensor.data = changed(original, changes, tensor.dtype) if changes else original
+    elif changes:
+        tensor.data = changed(_original(checkpoint, name, device), changes, tensor.dtype)
+    else:
+        tensor.data = checkpoint.tensor(name, device, tensor.dtype)
+
+
+def _original(checkpoint: Checkpoint, name: str, device: torch.device) -> Tensor:
+    """In the file's own dtype, on the CPU a view of it, which takes no memory; float32 if quantised."""
+    is_plain = checkpoint.stored(name)[0].dtype.itemsize > 1
+    return checkpoint.tensor(name, device, None if is_plain else torch.float32)
+
+
+def _quantised(original: Tensor, changes: Sequence[tuple[Change, float]], name: str) -> tuple[Tensor, Tensor]:
+    """As `quantise`, some rows at a time: the sum is never there as a whole in float32."""
+    elements = torch.empty(original.shape, dtype=FP8, device=original.device)
+    scale = torch.empty(len(original), 1, device=original.device)
+    for where, rows in changed_rows(original, changes):
+        elements[where], scale[where] = quantise(rows, name)
+    return elements, scale
 
 
 def original_tensor(network: nn.Module, checkpoint: Checkpoint, name: str) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from weakref import WeakMethod
@@ -19,13 +19,25 @@ import torch
 from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.detect import detect
 from diffsynth.checkpoints.files import PathLike
-from diffsynth.checkpoints.hints import Role
+from diffsynth.checkpoints.hints import Role, role_of
 from diffsynth.errors import ArgumentError, LoRAError, UnknownCheckpointError
 from diffsynth.lora.attach import Dial, attach, detach
 from diffsynth.lora.changes import Change, Decomposed, tensors_of
 from diffsynth.lora.formats import LoRA, is_lora, read_loras, with_role
 from diffsynth.lora.fuse import fuse, original_tensor
 from diffsynth.lora.matching import LoRAReport, Network, fit
+from diffsynth.models.lora_experts import (
+    Aim,
+    Expert,
+    PerExpert,
+    common_name,
+    files_of,
+    number,
+    role_by_path,
+    role_of_arguments,
+    strength_for,
+    tell_of_twins,
+)
 from diffsynth.models.registry import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -46,6 +58,14 @@ class _Held:
     mode: Mode
     reports: list[LoRAReport] = field(default_factory=list)
     changes: list[tuple[LoadedModel, Mapping[str, Change]]] = field(default_factory=list)
+    pair: str = ""  # the name that it shares with that of the other expert
+    first_step: int = 0  # of its schedule: that of its expert, for a schedule of that expert's steps
+
+    @property
+    def role(self) -> Role | None:
+        """The one expert that it is for; None: both, or the only DiT."""
+        roles = {report.lora.role for report in self.reports}
+        return roles.pop() if len(roles) == 1 else None
 
     def names_in(self, entry: LoadedModel) -> Mapping[str, Change]:
         """What it changes in a network, by tensor."""
@@ -62,6 +82,7 @@ class LoRAs:
     def __init__(self, loaded: Sequence[LoadedModel]) -> None:
         self._loaded = loaded
         self._held: dict[str, _Held] = {}
+        self._roles: dict[int, Role] = {}  # by the id of an entry
         self._guards: list[WeakMethod[Guard]] = []
         self._values: list[float] = []  # strengths when the last step began
 
@@ -78,24 +99,43 @@ class LoRAs:
         """Enter this around every change; a bound method, which is not kept alive."""
         self._guards.append(WeakMethod(around))
 
+    def assign(self, roles: Mapping[Role, Sequence[LoadedModel]]) -> None:
+        """Say which networks are those of each expert; without it their paths tell, else their order."""
+        self._roles = {id(entry): role for role, entries in roles.items() for entry in entries}
+
+    def swap_roles(self) -> None:
+        """The two experts change places."""
+        self._roles = {key: "low" if role == "high" else "high" for key, role in self._roles.items()}
+
     def load(
         self,
         file_path: PathLike | Sequence[PathLike],
-        lora_alpha: float = 1.0,
+        lora_alpha: float | PerExpert = 1.0,
         name: str | None = None,
         mode: Mode = "fuse",
         network: str | None = None,
+        expert: Expert | None = None,
     ) -> list[LoRAReport]:
         """See `ModelManager.load_lora`."""
-        paths = [file_path] if isinstance(file_path, (str, Path)) else list(file_path)
+        given = [file_path] if isinstance(file_path, (str, Path)) else list(file_path)
+        paths = [file for path in given for file in files_of(Path(path), expert)]
+        if is_pair := len(paths) == 2 and len({common_name(path.stem) for path in paths}) == 1:
+            is_pair = {role_of((path,), {}) for path in paths} == {"high", "low"}
         if mode not in ("fuse", "attach"):
             raise ArgumentError(f"mode is {mode!r}; give 'fuse' or 'attach'.")
-        if not paths or (name is not None and len(paths) > 1):
+        if not paths or (name is not None and len(paths) > 1 and not is_pair):
             raise ArgumentError(
                 f"{len(paths)} LoRA files and name={name!r}: give a name to one file at a time."
             )
-        weight = _number(lora_alpha, "lora_alpha")
-        planned = [self._planned(path, name or Path(path).stem, mode, weight, network) for path in paths]
+        aim = Aim(network, role_of_arguments(network, expert))
+        planned = []
+        for path in paths:
+            held = self._planned(path, mode, aim)
+            suffix = f"_{held.role}_noise" if is_pair and name is not None else ""
+            held.dial.name = f"{name}{suffix}" if name is not None else path.stem
+            held.dial.weight = strength_for(lora_alpha, held.role, path)
+            held.pair = name or common_name(path.stem)
+            planned.append(held)
         names = [held.dial.name for held in planned]
         for twice in {n for n in names if n in self._held or names.count(n) > 1}:
             raise ArgumentError(
@@ -105,17 +145,39 @@ class LoRAs:
         with self._guarded():
             for held in planned:
                 self._put(held)
+        for held in planned:
+            held.reports = [
+                replace(report, name=held.dial.name, weight=held.dial.weight) for report in held.reports
+            ]
+        if expert is None and not is_pair:
+            tell_of_twins(paths, self._held)
         for report in (report for held in planned for report in held.reports):
             logger.log(logging.WARNING if report.missing else logging.INFO, "%s", report)
         return [report for held in planned for report in held.reports]
 
-    def set(self, name: str, weight: Weight) -> None:
+    def set(self, name: str, weight: Weight | Mapping[Role, Weight]) -> None:
         """See `ModelManager.set_lora`."""
-        held = self._find(name)
-        if isinstance(weight, (int, float)):
-            schedule, single = None, _number(weight, "weight")
+        chosen = self._find(name)
+        if isinstance(weight, Mapping):
+            by_role = {held.role: held for held in chosen}
+            if unknown := [role for role in weight if role not in by_role]:
+                raise ArgumentError(
+                    f"set_lora({name!r}, ...) names the experts {', '.join(map(repr, unknown))}, and "
+                    f"{name!r} is no pair with a file for each. Load it per expert: load_lora(FILE, "
+                    "name=..., expert='high'), and expert='low'."
+                )
+            pairs = [(by_role[role], own) for role, own in weight.items()]
         else:
-            schedule, single = tuple(_number(value, "weight") for value in weight), held.dial.weight
+            pairs = [(held, weight) for held in chosen]
+        for held, own in pairs:
+            self._set(held, own)
+
+    def _set(self, held: _Held, weight: Weight) -> None:
+        name = held.dial.name
+        if isinstance(weight, (int, float)):
+            schedule, single = None, number(weight, "weight")
+        else:
+            schedule, single = tuple(number(value, "weight") for value in weight), held.dial.weight
             if held.mode == "fuse":
                 raise ArgumentError(
                     f"{name!r} is fused into the weights, which have one strength; for a schedule load it "
@@ -129,7 +191,7 @@ class LoRAs:
 
     def disable(self, name: str | None = None) -> None:
         """See `ModelManager.disable_lora`."""
-        chosen = list(self._held.values()) if name is None else [self._find(name)]
+        chosen = list(self._held.values()) if name is None else self._find(name)
         with self._guarded(is_needed=any(held.mode == "fuse" for held in chosen)):
             for held in chosen:
                 held.dial.is_on = False
@@ -137,7 +199,7 @@ class LoRAs:
 
     def unload(self, name: str | None = None) -> None:
         """See `ModelManager.unload_lora`."""
-        chosen = list(self._held.values()) if name is None else [self._find(name)]
+        chosen = list(self._held.values()) if name is None else self._find(name)
         with self._guarded():
             for held in chosen:
                 del self._held[held.dial.name]
@@ -146,29 +208,42 @@ class LoRAs:
                         detach(entry.model, held.dial)
                 self._remake(held)
 
-    def begin(self, num_steps: int) -> None:
+    def begin(self, num_steps: int, num_high_steps: int | None = None) -> None:
         """A generation of so many steps begins: schedules stand at their first strength.
+
+        Args:
+            num_steps: of the whole generation.
+            num_high_steps: of the high-noise expert; None: there is one DiT. The LoRA of one expert may have
+                a schedule of that expert's steps.
 
         Raises:
             ArgumentError: when a schedule has another length.
         """
         for held in self._held.values():
-            schedule = held.dial.schedule
-            if schedule is not None and len(schedule) != num_steps:
-                raise ArgumentError(
-                    f"set_lora({held.dial.name!r}, ...) gave {len(schedule)} strengths and this call has "
-                    f"{num_steps} steps; give one per step."
-                )
+            schedule, held.first_step = held.dial.schedule, 0
+            if schedule is None or len(schedule) == num_steps:
+                continue
+            own = ""
+            if num_high_steps is not None and held.role is not None:
+                count = num_high_steps if held.role == "high" else num_steps - num_high_steps
+                if len(schedule) == count:
+                    held.first_step = num_steps - count if held.role == "low" else 0
+                    continue
+                own = f", or one for each of the {count} steps of the {held.role}-noise expert"
+            raise ArgumentError(
+                f"set_lora({held.dial.name!r}, ...) gave {len(schedule)} strengths and this call has "
+                f"{num_steps} steps; give one per step{own}."
+            )
         self.advance(0)
 
     def advance(self, step: int) -> bool:
         """Step ``step`` comes next; whether a strength is another than when the last one began."""
         for held in self._held.values():
-            held.dial.step = step
+            held.dial.step = max(0, step - held.first_step)
         before, self._values = self._values, [held.dial.value for held in self._held.values()]
         return before != self._values
 
-    def _planned(self, path: PathLike, name: str, mode: Mode, weight: float, network: str | None) -> _Held:
+    def _planned(self, path: Path, mode: Mode, aim: Aim) -> _Held:
         """Everything about a file that can fail, before anything is changed."""
         checkpoint = Checkpoint.open(path)
         _require_lora(checkpoint)
@@ -179,18 +254,19 @@ class LoRAs:
                 "first, with load_models."
             )
         layers = {n.rpartition(".")[0] for entry in entries for n in entry.match.checkpoint.shapes}
-        held = _Held(dial=Dial(name, weight), mode=mode)
-        for lora in read_loras(checkpoint, layers):
-            role: Role | None = "high" if network == "high" else "low" if network == "low" else lora.role
-            chosen = _chosen(with_role(lora, role), entries, network)
+        held = _Held(dial=Dial(path.stem), mode=mode)
+        roles = {id(entry): self._roles.get(id(entry)) or role_by_path(entry, entries) for entry in entries}
+        for found in read_loras(checkpoint, layers):
+            lora = found if aim.role is None else with_role(found, aim.role)
+            chosen = _chosen(lora, entries, roles, aim.network)
             changes, missing = fit(lora, [_network(entry) for entry in chosen])
             _check_finite(lora, [change for some in changes for change in some.values()])
             own = [(entry, some) for entry, some in zip(chosen, changes, strict=True) if some]
             held.changes += own
             lost = {key for keys in missing.values() for key in keys}
             report = LoRAReport(
-                name=name, source=lora.source, lora=lora, mode=mode, weight=weight,
-                fitted={_title(entry, entries): _num_layers(some) for entry, some in own},
+                name=path.stem, source=lora.source, lora=lora, mode=mode, weight=1.0,
+                fitted={_title(entry, roles[id(entry)]): _num_layers(some) for entry, some in own},
                 num_keys_read=lora.num_keys - len(lost), missing=missing,
             )  # fmt: skip
             held.reports.append(report)
@@ -233,11 +309,15 @@ class LoRAs:
                 sums = [(some[name], weight) for some, weight in by_lora if name in some]
                 fuse(entry.model, entry.match.checkpoint, name, sums)
 
-    def _find(self, name: str) -> _Held:
-        if name not in self._held:
+    def _find(self, name: str) -> list[_Held]:
+        """The LoRA of this name, or the two of a pair."""
+        if name in self._held:
+            return [self._held[name]]
+        pair = [held for held in self._held.values() if held.pair == name]
+        if not pair:
             loaded = ", ".join(map(repr, self._held)) or "none"
             raise ArgumentError(f"No LoRA is named {name!r}; loaded: {loaded}.")
-        return self._held[name]
+        return pair
 
     @contextmanager
     def _guarded(self, is_needed: bool = True) -> Iterator[None]:
@@ -248,12 +328,6 @@ class LoRAs:
                     stack.enter_context(around())
             with torch.no_grad():
                 yield
-
-
-def _number(value: object, argument: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1000 < value < 1000:
-        raise ArgumentError(f"{argument} is {value!r}; give a strength such as 1.0 (as trained) or 0.8.")
-    return float(value)
 
 
 def _require_lora(checkpoint: Checkpoint) -> None:
@@ -275,33 +349,21 @@ def _takes_loras(entry: LoadedModel) -> bool:
     return isinstance(entry.model, (WanDiT, DiTAdapter))
 
 
-def _role(entry: LoadedModel, entries: Sequence[LoadedModel]) -> Role | None:
-    """Which expert a network belongs to; by order of loading where no path tells. None: to the only one."""
-    dits = [one for one in entries if one.name == "wan_video_dit"]
-    if len(dits) != 2:
-        return entry.match.role
-    if entry.match.role is not None or entry not in dits:
-        return entry.match.role
-    other = dits[1 - dits.index(entry)].match.role
-    if other is not None:
-        return "low" if other == "high" else "high"
-    return "high" if entry is dits[0] else "low"
-
-
-def _chosen(lora: LoRA, entries: Sequence[LoadedModel], network: str | None) -> list[LoadedModel]:
+def _chosen(
+    lora: LoRA, entries: Sequence[LoadedModel], roles: Mapping[int, Role | None], network: str | None
+) -> list[LoadedModel]:
     """The networks that a LoRA is for: those of its expert, or those that the caller names."""
     names = sorted({entry.name for entry in entries})
     if network not in (None, "high", "low", *names):
         raise ArgumentError(f"network is {network!r}; give 'high', 'low', or one of {', '.join(names)}.")
     if network in names:
-        return [entry for entry in entries if entry.name == network]
-    roles = {id(entry): _role(entry, entries) for entry in entries}
+        entries = [entry for entry in entries if entry.name == network]
     chosen = [entry for entry in entries if lora.role is None or roles[id(entry)] in (None, lora.role)]
     if not chosen:
         other = "low" if lora.role == "high" else "high"
         raise LoRAError(
             f"{lora.source} is for the {lora.role}-noise expert, which is not loaded. Load it, or say "
-            f"network={other!r} to use the LoRA on the other one."
+            f"expert={other!r} to use the LoRA on the other one."
         )
     return chosen
 
@@ -312,8 +374,7 @@ def _network(entry: LoadedModel) -> Network:
     )
 
 
-def _title(entry: LoadedModel, entries: Sequence[LoadedModel]) -> str:
-    role = _role(entry, entries)
+def _title(entry: LoadedModel, role: Role | None) -> str:
     return entry.name if role is None else f"{entry.name} ({role} noise)"
 
 

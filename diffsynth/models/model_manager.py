@@ -6,7 +6,7 @@ Nothing is built before every path has been looked at, so that a wrong path cost
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, overload
@@ -19,8 +19,10 @@ from diffsynth.checkpoints.build import build, load_class
 from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.detect import detect
 from diffsynth.checkpoints.files import PathLike
+from diffsynth.checkpoints.hints import Role
 from diffsynth.errors import ArgumentError, UnknownCheckpointError
 from diffsynth.lora.matching import LoRAReport
+from diffsynth.models.lora_experts import Expert, PerExpert
 from diffsynth.models.loras import LoRAs, Mode, Weight
 from diffsynth.models.registry import ARCHITECTURES
 from diffsynth.ops.fp8 import FP8, dtype_name
@@ -198,30 +200,43 @@ class ModelManager:
     def load_lora(
         self,
         file_path: PathLike | Sequence[PathLike],
-        lora_alpha: float = 1.0,
+        lora_alpha: float | PerExpert = 1.0,
         name: str | None = None,
         mode: Mode = "fuse",
         network: str | None = None,
+        *,
+        expert: Expert | None = None,
     ) -> list[LoRAReport]:
         """Use a LoRA, of any dialect, on the loaded networks; the log says what fitted and what did not.
 
         Args:
-            file_path: one file, or a list of files that all have the same strength.
-            lora_alpha: strength; 1 is as trained. The file's own alpha / rank is applied besides.
-            name: for the other methods; None: the file's name without its ending.
+            file_path: one file, or a list of files that all have the same strength. Of two files for two
+                experts (``style_high_noise.safetensors``, ``..._HIGH.safetensors``) what their names have in
+                common is enough: ``style.safetensors``.
+            lora_alpha: strength; 1 is as trained. The file's own alpha / rank is applied besides. For a pair
+                it may be one for each: ``{"high": 0.8, "low": 1.0}``.
+            name: for the other methods; None: the file's name without its ending. A pair answers to what its
+                names have in common too.
             mode: "fuse" changes the weights; "attach" keeps factors beside them, at full precision also
                 beside fp8, and lets the strength follow a schedule.
-            network: "high" or "low" for one of two experts, or the name of a network, as in `fetch_model`;
-                None: told by the file's name, else all that it fits.
+            network: the name of a network, as in `fetch_model`, or what ``expert`` takes; None: all that it
+                fits.
+            expert: "high" or "low" for one of two experts, whatever the file's name says; "both" for a file
+                and its twin, each on its own expert, and for a file that is meant for both; None: told by the
+                file's name, else both.
 
         Raises:
             LoRAError: when nothing fits, for a DiT of another size, or a file that is no LoRA.
             ArgumentError: for a name that is taken, or a strength that is no number.
         """
-        return self.loras.load(file_path, lora_alpha, name, mode, network)
+        return self.loras.load(file_path, lora_alpha, name, mode, network, expert)
 
-    def set_lora(self, name: str, weight: Weight) -> None:
-        """Change a LoRA's strength: a number, or, for an attached one, a list with one for each step."""
+    def set_lora(self, name: str, weight: Weight | Mapping[Role, Weight]) -> None:
+        """Change a LoRA's strength: a number, or, for an attached one, a list with one for each step.
+
+        For a pair it may be one for each expert: ``{"high": [1.0, 0.5], "low": 1.0}``. The list for one
+        expert has as many strengths as the call has steps, or as its expert has.
+        """
         self.loras.set(name, weight)
 
     def disable_lora(self, name: str | None = None) -> None:

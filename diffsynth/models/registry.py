@@ -138,7 +138,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         name="wan_video_vae",  # Wan2.2_VAE: TI2V-5B, Fun-5B
         title="Wan2.2 VAE",
-        module=None,
+        module="diffsynth.models.wan.vae22:WanVideoVAE22",
         marks=(
             "encoder.downsamples.0.downsamples.0.residual.2.weight",
             "decoder.upsamples.0.upsamples.0.residual.2.weight",
@@ -146,7 +146,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         ),
         owns=r"(encoder|decoder|conv1|conv2)\.",
         config=coder_sizes.vae22_config,
-        planned_in=LATER,
     ),
     Architecture(
         name="wan_video_text_encoder",  # models_t5_umt5-xxl-enc-bf16

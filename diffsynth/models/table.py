@@ -19,12 +19,12 @@ from diffsynth.conditioning.text import TextInputs
 from diffsynth.errors import ArgumentError, DiffSynthError, UnusedInputError
 from diffsynth.models.registry import ARCHITECTURES
 from diffsynth.models.toy import DIT, KINDS
-from diffsynth.models.wan.dit_config import plane_channels
+from diffsynth.models.wan.dit_config import holds_first_frame, plane_channels
 
 BEGIN = "<!-- tables of models: python -m diffsynth.models.table --write README.md -->"
 END = "<!-- end of the tables of models -->"
-SMALL, LARGE = 1536, 5120  # width of a DiT in channels
-SIZES = {SMALL: "1.3B", LARGE: "14B"}  # what people call it
+SMALL, MIDDLE, LARGE = 1536, 3072, 5120  # width of a DiT in channels
+SIZES = {SMALL: "1.3B", MIDDLE: "5B", LARGE: "14B"}  # what people call it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +96,25 @@ MODELS: tuple[ModelRow, ...] = (
         title="Wan2.2 I2V A14B", kind="i2v-a14b", checkpoints=(("wan2.2_i2v_a14b",),), widths=(LARGE,),
         num_experts=2,
     ),
+    ModelRow(
+        title="Wan2.2 Fun A14B InP", kind="i2v-a14b", checkpoints=(("wan2.2_fun_a14b_inp",),),
+        widths=(LARGE,), num_experts=2,
+    ),
+    ModelRow(
+        title="Wan2.2 Fun A14B Control", kind="control-a14b", checkpoints=(("wan2.2_fun_a14b_control",),),
+        widths=(LARGE,), num_experts=2,
+    ),
+    ModelRow(
+        title="Wan2.2 Fun A14B Control-Camera", kind="camera-a14b",
+        checkpoints=(("wan2.2_fun_a14b_control_camera",),), widths=(LARGE,), num_experts=2,
+    ),
+    ModelRow(
+        title="Wan2.2 VACE-Fun A14B", kind="vace", checkpoints=(("wan2.2_vace_fun_a14b",),), widths=(LARGE,),
+        num_experts=2,
+    ),
+    ModelRow(
+        title="Wan2.2 TI2V 5B", kind="ti2v", checkpoints=(("wan2.2_ti2v_5b",),), widths=(MIDDLE,),
+    ),
 )  # fmt: skip
 
 ADAPTERS: tuple[AdapterRow, ...] = (
@@ -130,6 +149,8 @@ class Facts:
     image_dim: int | None
     has_image_positions: bool
     adapters: frozenset[str]
+    holds_first_frame: bool = False
+    vae_file: str = ""
     device: Any = None
     known_words: frozenset[str] = frozenset()
     text_encoder: Any = _SOME
@@ -150,6 +171,7 @@ class Facts:
             image_dim=dit.get("image_dim"),
             has_image_positions=dit.get("image_tokens_pos") is not None,
             adapters=frozenset(_door_name(name) for name in adapters),
+            holds_first_frame=holds_first_frame(dit["in_dim"], dit["out_dim"]),
         )
 
     @classmethod

@@ -19,6 +19,7 @@ from torch import nn
 
 from diffsynth.errors import ArgumentError
 from diffsynth.models.registry import ARCHITECTURES
+from diffsynth.models.wan.dit_config import VAE22_CHANNELS
 from diffsynth.tiny import tiny_folder
 
 Sizes = Mapping[str, object]
@@ -34,6 +35,9 @@ IMAGE_ENCODER: dict[str, object] = {
     "image_size": 28, "patch_size": 14, "dim": 32, "dim_ffn": 64, "num_heads": 2, "num_layers": 5,
 }  # fmt: skip
 GENERATION = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2, "cfg_scale": 3.0}
+VAE: dict[str, object] = {"dim": 8}
+VAE22: dict[str, object] = {"dim": 8, "dec_dim": 8}
+VAE22_GENERATION = {**GENERATION, "width": 64}  # its pictures are multiples of 32
 # kind: sizes of the DiT that differ, and the adapters of its file by their name in the registry
 KINDS: dict[str, tuple[Sizes, Mapping[str, Sizes]]] = {
     "t2v": ({}, {}),
@@ -70,18 +74,37 @@ KINDS: dict[str, tuple[Sizes, Mapping[str, Sizes]]] = {
         },
     ),
     "speed": ({}, {"wan_video_motion_controller": {"dim": 48, "freq_dim": 32}}),
+    # of Wan2.2, which has no image encoder
+    "control-a14b": (
+        {"in_dim": 52},
+        {"wan_video_reference_adapter": {"dim": 48, "in_dim": 16, "kernel_size": (2, 2)}},
+    ),
+    "camera-a14b": (
+        {"in_dim": 36},
+        {
+            "wan_video_camera_adapter": {
+                "dim": 48,
+                "in_dim": 24,
+                "downscale": 8,
+                "kernel_size": (2, 2),
+                "num_residual_blocks": 1,
+            }
+        },
+    ),
+    "ti2v": ({"in_dim": VAE22_CHANNELS, "out_dim": VAE22_CHANNELS}, {}),
 }
 
 _folders: list[TemporaryDirectory[str]] = []  # removed when the program ends
 
 
-def toy_files(kind: str = "t2v", seed: int = 0, *, num_layers: int = 2) -> list[str]:
+def toy_files(kind: str = "t2v", seed: int = 0, *, num_layers: int = 2, num_experts: int = 1) -> list[str]:
     """Write a toy model into a folder that lives as long as the program, and return its files.
 
     Args:
         kind: which model; see `KINDS`.
         seed: of the weights.
         num_layers: blocks of the DiT, at least 2.
+        num_experts: DiTs; two lie in the folders high_noise_model and low_noise_model.
 
     Raises:
         ArgumentError: for an unknown kind.
@@ -93,12 +116,15 @@ def toy_files(kind: str = "t2v", seed: int = 0, *, num_layers: int = 2) -> list[
     changed, adapters = KINDS[kind]
     sizes = {**DIT, **changed, "num_layers": num_layers}
     beside = [_network(name, own) for name, own in adapters.items()]
+    has_vae22 = sizes["out_dim"] == VAE22_CHANNELS
+    vae = _network("wan_video_vae", VAE22, "Wan2.2 VAE") if has_vae22 else _network("wan_video_vae", VAE)
+    places = [folder] if num_experts == 1 else [folder / f"{role}_noise_model" for role in ("high", "low")]
     files = [
-        _write(folder / "dit.safetensors", [_network("wan_video_dit", sizes), *beside], seed,
-               {**{key: value for own in adapters.values() for key, value in own.items()}, **sizes},
-               generation=GENERATION),
+        *(_write(place / "dit.safetensors", [_network("wan_video_dit", sizes), *beside], seed + 1000 * i,
+                 {**{key: value for own in adapters.values() for key, value in own.items()}, **sizes},
+                 generation=VAE22_GENERATION if has_vae22 else GENERATION) for i, place in enumerate(places)),
         _write(folder / "t5.safetensors", [_network("wan_video_text_encoder", TEXT_ENCODER)], seed, {}),
-        _write(folder / "vae.safetensors", [_network("wan_video_vae", {"dim": 8})], seed, {}),
+        _write(folder / "vae.safetensors", [vae], seed, {}),
     ]  # fmt: skip
     if sizes.get("image_dim") is not None:
         encoder = _network("wan_video_image_encoder", IMAGE_ENCODER)
@@ -110,8 +136,10 @@ def toy_files(kind: str = "t2v", seed: int = 0, *, num_layers: int = 2) -> list[
     return files
 
 
-def _network(name: str, sizes: Sizes) -> nn.Module:
-    row = next(row for row in ARCHITECTURES if row.name == name and row.module is not None)
+def _network(name: str, sizes: Sizes, title: str | None = None) -> nn.Module:
+    """A network of the first row of this name, and of this title where several networks share the name."""
+    rows = (row for row in ARCHITECTURES if row.name == name and row.module is not None)
+    row = next(row for row in rows if title in (None, row.title))
     module, _, class_name = str(row.module).partition(":")
     network: nn.Module = getattr(import_module(module), class_name).from_config(sizes)
     return network
@@ -120,6 +148,7 @@ def _network(name: str, sizes: Sizes) -> nn.Module:
 def _write(path: Path, networks: list[nn.Module], seed: int, config: Sizes, **metadata: object) -> str:
     from safetensors.torch import save_file
 
+    path.parent.mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for network in networks:

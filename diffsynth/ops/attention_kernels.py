@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffsynth.ops.attention_chunked import attend_in_chunks
 
 Capability = tuple[int, int]  # NVIDIA's compute capability: (9, 0) is Hopper
+CapabilityRange = tuple[Capability, Capability]  # from, to; both included
 Compute = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]  # q, k, v, bias, scale
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -46,7 +47,7 @@ class Kernel:
     name: str  # what `attention_kernel` and DIFFSYNTH_ATTENTION are told
     title: str  # for people
     compute: Compute
-    capabilities: tuple[tuple[Capability, Capability], ...] = ()  # ranges it runs on; empty: any device
+    capabilities: tuple[CapabilityRange, ...] = ()  # ranges it runs on; empty: any device
     module: str = ""  # to import; empty: part of torch
     function: str = ""
     install: str = ""  # how to get the module
@@ -197,6 +198,8 @@ def _dtype_text(dtype: torch.dtype) -> str:
 
 _NEWEST = (99, 0)
 _AMPERE_ON = (((8, 0), _NEWEST),)
+_HOPPER = (((9, 0), (9, 0)),)
+_BLACKWELL = ((10, 0), (11, 9))
 
 SDPA = Kernel(name="sdpa", title="torch's own choice", compute=_sdpa, takes_bias=True)
 CHUNKED = Kernel(
@@ -213,6 +216,24 @@ CUDNN = Kernel(
     backend=SDPBackend.CUDNN_ATTENTION,
     takes_bias=True,
 )
+
+
+def _flash_kernel(
+    version: int, module: str, largest_head: int, capabilities: tuple[CapabilityRange, ...], install: str
+) -> Kernel:
+    """A version of flash-attn: they share one call."""
+    return Kernel(
+        name=f"flash{version}",
+        title=f"flash-attn {version}",
+        compute=_flash(module),
+        capabilities=capabilities,
+        module=module,
+        function="flash_attn_func",
+        install=install,
+        dtypes=_HALF,
+        head_dims=range(8, largest_head + 1, 8),
+    )
+
 
 # name and what it is; order is that of listings
 KERNELS = (
@@ -233,39 +254,11 @@ KERNELS = (
         backend=SDPBackend.EFFICIENT_ATTENTION,
         takes_bias=True,
     ),
-    Kernel(
-        name="flash2",
-        title="flash-attn 2",
-        compute=_flash("flash_attn"),
-        capabilities=_AMPERE_ON,
-        module="flash_attn",
-        function="flash_attn_func",
-        install="pip install flash-attn --no-build-isolation",
-        dtypes=_HALF,
-        head_dims=range(8, 257, 8),
+    _flash_kernel(2, "flash_attn", 256, _AMPERE_ON, "pip install flash-attn --no-build-isolation"),
+    _flash_kernel(
+        3, "flash_attn_interface", 256, _HOPPER, "build hopper/ of github.com/Dao-AILab/flash-attention"
     ),
-    Kernel(
-        name="flash3",
-        title="flash-attn 3",
-        compute=_flash("flash_attn_interface"),
-        capabilities=(((9, 0), (9, 0)),),
-        module="flash_attn_interface",
-        function="flash_attn_func",
-        install="build hopper/ of github.com/Dao-AILab/flash-attention",
-        dtypes=_HALF,
-        head_dims=range(8, 257, 8),
-    ),
-    Kernel(
-        name="flash4",
-        title="flash-attn 4",
-        compute=_flash("flash_attn.cute"),
-        capabilities=(((9, 0), (9, 0)), ((10, 0), (11, 9))),
-        module="flash_attn.cute",
-        function="flash_attn_func",
-        install="pip install flash-attn-4",
-        dtypes=_HALF,
-        head_dims=range(8, 129, 8),
-    ),
+    _flash_kernel(4, "flash_attn.cute", 128, (*_HOPPER, _BLACKWELL), "pip install flash-attn-4"),
     Kernel(
         name="sage",
         title="SageAttention (8-bit, lossy)",

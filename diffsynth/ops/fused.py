@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from diffsynth.ops.compiled import add_gated, compiler, write_modulated_norm, write_rms_norm, write_rotated
 
@@ -98,7 +100,7 @@ def modulated_layer_norm(
         return torch.addcmul(span.of(shift), F.layer_norm(part.float(), width, eps=eps), 1 + span.of(scale))
 
     if torch.is_grad_enabled():
-        return _walk(x, spans, work, None)
+        return _walk(x, spans, work if x.dtype == torch.float32 else _computed_again(work), None)
     out = torch.empty_like(x)
 
     def generated(tokens: slice, span: Span, rows: Tensor | None) -> bool:
@@ -106,6 +108,18 @@ def modulated_layer_norm(
         return write_modulated_norm(out[:, tokens], x[:, tokens], *tables, rows, eps)
 
     return _walk(x, _not_compiled(x, spans, generated), work, out)
+
+
+def _computed_again(work: Callable[[Tensor, Span], Tensor]) -> Callable[[Tensor, Span], Tensor]:
+    """The same work; its backward pass makes the float32 copy of its input again instead of keeping it."""
+    if torch.compiler.is_compiling():
+        return work  # the compiler sees to it
+
+    def again(part: Tensor, span: Span) -> Tensor:
+        out: Tensor = checkpoint(work, part, span, use_reentrant=False, preserve_rng_state=False)
+        return out
+
+    return again
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, spans: tuple[Span, ...]) -> Tensor:
@@ -150,20 +164,70 @@ def rms_norm_heads(
     Returns:
         (B, L, N, d) in x's dtype.
     """
-
-    def work(part: Tensor, span: Span) -> Tensor:
-        part = part.float() if weight is None else rms_norm(part, weight, eps)
-        if rotation is None:
-            return part
-        pairs = torch.view_as_complex(part.view(*part.shape[:2], num_heads, -1, 2))
-        turned = pairs * torch.view_as_complex(rotation[span.tokens])
-        return torch.view_as_real(turned).flatten(2)
-
-    if weight is not None or rotation is not None:
+    if torch.is_grad_enabled() and weight is not None:
+        made_again: Tensor = _NormalisedHeads.apply(  # type: ignore[no-untyped-call]
+            x, weight, rotation, eps, num_heads
+        )
+        x = made_again
+    elif weight is not None or rotation is not None:
         made = _rms_norm_generated(x, weight, eps, num_heads, rotation)
+
+        def work(part: Tensor, span: Span) -> Tensor:
+            part = part.float() if weight is None else rms_norm(part, weight, eps)
+            return part if rotation is None else _turned(part, rotation[span.tokens], num_heads)
+
         whole = spans_of(None, x.shape[1])
         x = _walk(x, whole, work, None if torch.is_grad_enabled() else x) if made is None else made
     return x.view(*x.shape[:2], num_heads, -1)
+
+
+def _turned(x: Tensor, rotation: Tensor, num_heads: int) -> Tensor:
+    """Turn the pairs of float32 x (B, n, D) by ``rotation`` (n, 1, d / 2, 2)."""
+    pairs = torch.view_as_complex(x.view(*x.shape[:2], num_heads, -1, 2))
+    return torch.view_as_real(pairs * torch.view_as_complex(rotation)).flatten(2)
+
+
+class _NormalisedHeads(torch.autograd.Function):
+    """`rms_norm_heads` in training: keeps x alone, where autograd would keep three float32 copies of it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, rotation: Tensor | None, eps: float, num_heads: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.rotation, ctx.eps, ctx.num_heads = rotation, eps, num_heads
+
+        def work(part: Tensor, span: Span) -> Tensor:
+            part = rms_norm(part, weight, eps)
+            return part if rotation is None else _turned(part, rotation[span.tokens], num_heads)
+
+        return _walk(x, spans_of(None, x.shape[1]), work, torch.empty_like(x))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """With n = x r, r = 1 / sqrt(mean x^2 + eps): dx = r (g - n mean(g n)) for g = grad weight."""
+        x: Tensor
+        weight: Tensor
+        x, weight = ctx.saved_tensors
+        rotation: Tensor | None = ctx.rotation
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        if rotation is not None:
+            rotation = rotation * rotation.new_tensor([1.0, -1.0])  # turns back
+
+        def work(part: Tensor, span: Span) -> Tensor:
+            grad, wide = grads[0][:, span.tokens].float(), part.float()
+            if rotation is not None:
+                grad = _turned(grad.contiguous(), rotation[span.tokens], ctx.num_heads)
+            rate = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
+            normed = wide * rate
+            if of_weight is not None:
+                of_weight.add_((grad * normed).sum((0, 1)))
+            grad = grad * weight.float()
+            return rate * (grad - normed * (grad * normed).mean(-1, keepdim=True))
+
+        whole = spans_of(None, x.shape[1])
+        of_x = _walk(x, whole, work, torch.empty_like(x)) if any(ctx.needs_input_grad[:2]) else None
+        return of_x, None if of_weight is None else of_weight.to(weight.dtype), None, None, None
 
 
 def _rms_norm_generated(

@@ -30,7 +30,11 @@ def with_adapters(
         if not isinstance(entry.model, DiTAdapter):
             continue
         is_alone = not set(entry.paths) & dit_files
-        owners = [name for name, (_, dit) in experts.items() if is_alone or set(entry.paths) & set(dit.paths)]
+        owners = [
+            name
+            for name, (_, dit) in experts.items()
+            if set(entry.paths) & set(dit.paths) or (is_alone and _serves(entry, name, len(experts)))
+        ]
         for name in owners:
             _check_fit(entry, *experts[name])
             if (other := found[name].setdefault(entry.model.name, entry)) is not entry:
@@ -38,6 +42,12 @@ def with_adapters(
                     f"{other.paths[0]} and {entry.paths[0]} both hold {entry.match.needs}; load one of them."
                 )
     return {name: _equipped(expert, name, found) for name, (expert, _) in experts.items()}
+
+
+def _serves(adapter: LoadedModel, name: str, num_experts: int) -> bool:
+    """Whether an adapter in a file of its own is for this expert: for both, unless its path says."""
+    role = "low" if name.endswith("_low_noise") else "high"
+    return num_experts < 2 or adapter.match.role in (None, role)
 
 
 def _check_fit(entry: LoadedModel, expert: Expert, dit: LoadedModel) -> None:

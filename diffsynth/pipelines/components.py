@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -15,10 +15,12 @@ from diffsynth.errors import AmbiguousModelError, ConfigurationError, TokenizerN
 from diffsynth.models.loras import LoRAs
 from diffsynth.models.model_manager import LoadedModel, ModelManager
 from diffsynth.models.wan.dit import WanDiT
+from diffsynth.models.wan.dit_config import VAE22_CHANNELS
 from diffsynth.models.wan.image_encoder import WanImageEncoder
 from diffsynth.models.wan.text_encoder import WanTextEncoder
-from diffsynth.models.wan.vae import WanVideoVAE
+from diffsynth.models.wan.vae_coding import CausalVAE
 from diffsynth.pipelines.adapters import with_adapters
+from diffsynth.vram_management.plan import DiTSizes
 
 logger = logging.getLogger("diffsynth")
 
@@ -27,7 +29,8 @@ ENCODERS = {
     "wan_video_image_encoder": "image_encoder",
     "wan_video_vae": "vae",
 }  # name in the manager -> part of the pipeline
-BOUNDARY_T2V, BOUNDARY_WITH_PLANES = 0.875, 0.900  # Wan2.2 wan/configs
+# Wan2.2 wan/configs for text and for pictures; VideoX-Fun gives 0.875 to Fun Control
+BOUNDARY_T2V, BOUNDARY_OF_PICTURES = 0.875, 0.900
 
 
 @dataclass(kw_only=True)
@@ -41,7 +44,7 @@ class PipelineComponents:
     text_encoder: WanTextEncoder | None = None
     tokenizer: Tokenizer | None = None
     image_encoder: WanImageEncoder | None = None
-    vae: WanVideoVAE | None = None
+    vae: CausalVAE | None = None
     loras: LoRAs = field(default_factory=lambda: LoRAs([]))  # of the manager
     boundary: float = BOUNDARY_T2V
     family: str = "t2v"
@@ -70,6 +73,24 @@ class PipelineComponents:
     def has_image_positions(self) -> bool:
         """Whether image tokens have learned positions: those of a first and a last frame."""
         return self.high is not None and self.high.dit.config.image_tokens_pos is not None
+
+    @property
+    def holds_first_frame(self) -> bool:
+        """Whether a given first frame is a latent that stays clean, with a clock of its own."""
+        return self.high is not None and self.high.dit.config.holds_first_frame
+
+    @property
+    def vae_file(self) -> str:
+        """Name of the released file of the VAE that the DiT was made for."""
+        is_22 = self.high is not None and self.high.dit.config.out_dim == VAE22_CHANNELS
+        return "Wan2.2_VAE.pth" if is_22 else "Wan2.1_VAE.pth"
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels along an edge of a latent position: the VAE's, or of the one that the DiT was made for."""
+        if self.vae is not None or self.high is None:
+            return 8 if self.vae is None else self.vae.spatial_stride
+        return DiTSizes.from_config(asdict(self.high.dit.config)).spatial_stride
 
     @property
     def adapters(self) -> frozenset[str]:
@@ -111,7 +132,8 @@ def collect(
         ConfigurationError: when sizes of two parts do not fit.
     """
     parts = PipelineComponents(device=device, dtype=dtype, loras=manager.loras)
-    _take_dits(parts, _pick_dits(manager, dit), manager.loaded)
+    is_told = dit is not None and not isinstance(dit, (str, Path))
+    _take_dits(parts, _pick_dits(manager, dit), manager.loaded, is_told=is_told)
     for name, attribute in ENCODERS.items():
         found = [entry for entry in manager.loaded if entry.name == name]
         if len(found) > 1:
@@ -151,7 +173,9 @@ def _pick_dits(manager: ModelManager, wanted: str | Path | Sequence[str | Path] 
     return picked
 
 
-def _take_dits(parts: PipelineComponents, found: list[LoadedModel], loaded: Sequence[LoadedModel]) -> None:
+def _take_dits(
+    parts: PipelineComponents, found: list[LoadedModel], loaded: Sequence[LoadedModel], *, is_told: bool
+) -> None:
     if not found:
         return
     if len(found) > 2:
@@ -162,7 +186,8 @@ def _take_dits(parts: PipelineComponents, found: list[LoadedModel], loaded: Sequ
         )
     high, low = found[0], None
     if len(found) == 2:
-        high, low = _roles(found[0], found[1])
+        _check_pair(found[0], found[1], loaded)
+        high, low = _roles(found[0], found[1], is_told=is_told)
     entries = {"dit": high} if low is None else {"dit": high, "dit_low_noise": low}
     experts = with_adapters(
         {name: (Expert(dit=_dit(e), networks=(name,)), e) for name, e in entries.items()}, loaded
@@ -171,31 +196,76 @@ def _take_dits(parts: PipelineComponents, found: list[LoadedModel], loaded: Sequ
     parts.sources.update({name: _source(entry) for name, entry in entries.items()})
     parts.family = high.match.family
     parts.generation = dict(high.match.generation)
-    usual = BOUNDARY_WITH_PLANES if parts.high.dit.config.planes else BOUNDARY_T2V
-    parts.boundary = float(str(parts.generation.pop("boundary", usual)))
+    if low is not None:
+        parts.generation = {**low.match.generation, **parts.generation}
+        own = [[e for e in loaded if set(e.paths) & set(entry.paths)] for entry in (high, low)]
+        parts.loras.assign({"high": own[0], "low": own[1]})
+    parts.boundary = _boundary(parts)
 
 
-def _roles(first: LoadedModel, second: LoadedModel) -> tuple[LoadedModel, LoadedModel]:
-    """Which is the high-noise expert: told by the path, else by order, with a warning."""
-    names = f"{_source(first)} and {_source(second)}"
-    if _dit(first).config != _dit(second).config:
-        raise AmbiguousModelError(
-            f"Two DiTs of different configuration are loaded, {names}; they are no pair of experts. "
-            f"Pick one with from_model_manager(manager, dit={_source(first)!r})."
+def _boundary(parts: PipelineComponents) -> float:
+    """Where the experts change, as a share of 1000: as the checkpoint says, else by what the DiT reads."""
+    assert parts.high is not None
+    planes = parts.high.dit.config.planes
+    usual = BOUNDARY_OF_PICTURES if planes and "control" not in planes else BOUNDARY_T2V
+    told = parts.generation.pop("boundary", usual)
+    if isinstance(told, bool) or not isinstance(told, (int, float)) or not 0.0 <= told <= 1.0:
+        raise ConfigurationError(
+            f"The configuration of {parts.sources['dit']} says boundary is {told!r}; it is a share of 1000, "
+            f"0 to 1 ({usual} for this model). Correct it, or take it out and give switch_DiT_boundary=."
         )
+    return float(told)
+
+
+def _check_pair(first: LoadedModel, second: LoadedModel, loaded: Sequence[LoadedModel]) -> None:
+    """Refuse two DiTs that are not the two experts of one model."""
+    pair = (first, second)
+    config, other = (_dit(entry).config for entry in pair)
+    differing = [f.name for f in fields(config) if getattr(config, f.name) != getattr(other, f.name)]
+    beside = [
+        {e.name for e in loaded if e.name != "wan_video_dit" and set(e.paths) & set(entry.paths)}
+        for entry in pair
+    ]
+    if not differing and beside[0] == beside[1]:
+        return
+    lines = [
+        f"{_source(entry)}: {entry.match.family}, "
+        + ", ".join(
+            [f"{name} {getattr(_dit(entry).config, name)}" for name in differing] or sorted(own) or ["alone"]
+        )
+        for entry, own in zip(pair, beside, strict=True)
+    ]
+    raise AmbiguousModelError(
+        "Two DiTs are loaded that are no pair of experts, for they differ:\n  " + "\n  ".join(lines) + "\n"
+        f"Load the two experts of one model, or pick one DiT with from_model_manager(manager, "
+        f"dit={_source(first)!r})."
+    )
+
+
+def _roles(first: LoadedModel, second: LoadedModel, *, is_told: bool) -> tuple[LoadedModel, LoadedModel]:
+    """Which is the high-noise expert: as the caller says, else the path, else by order, with a warning."""
+    names = f"{_source(first)} and {_source(second)}"
     roles = (first.match.role, second.match.role)
+    is_reversed = roles in (("low", "high"), ("low", None), (None, "high"))
+    if is_told:
+        if is_reversed:
+            logger.warning(
+                "dit=[HIGH, LOW] takes %s for high noise, as given, and the paths say the opposite.",
+                _source(first),
+            )
+        return first, second
+    if is_reversed:
+        return second, first
     if roles in (("high", "low"), ("high", None), (None, "low")):
         return first, second
-    if roles in (("low", "high"), ("low", None), (None, "high")):
-        return second, first
     if roles[0] is not None:
         raise AmbiguousModelError(
             f"Both {names} are {roles[0]}-noise experts; load one of each, or pick one with dit=."
         )
     logger.warning(
         "Neither path of %s says high_noise or low_noise: the first is taken for high noise, the second for "
-        "low. "
-        "Say it with from_model_manager(manager, dit=[HIGH, LOW]).",
+        "low. Say it with from_model_manager(manager, dit=[HIGH, LOW]), or exchange them with "
+        "pipe.swap_experts().",
         names,
     )
     return first, second
@@ -217,9 +287,9 @@ def _check_sizes(parts: PipelineComponents) -> None:
             f"{parts.image_encoder.config.dim} wide and the DiT ({parts.sources['dit']}) reads "
             f"{config.image_dim}; load the image encoder that belongs to this DiT."
         )
-    if parts.vae is not None and parts.vae.config.z_dim != config.out_dim:
+    if parts.vae is not None and parts.vae.z_dim != config.out_dim:
         raise ConfigurationError(
-            f"The VAE ({parts.sources['vae']}) has {parts.vae.config.z_dim} latent channels and the DiT "
+            f"The VAE ({parts.sources['vae']}) has {parts.vae.z_dim} latent channels and the DiT "
             f"({parts.sources['dit']}) {config.out_dim}; load the VAE that belongs to this DiT."
         )
 

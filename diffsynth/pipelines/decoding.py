@@ -174,7 +174,7 @@ class VideoDecoder:
             ArgumentError: for latents that it does not decode.
         """
         if parts.vae is None:
-            raise MissingModelError("No VAE is loaded; load Wan2.1_VAE.pth to decode latents.")
+            raise MissingModelError(f"No VAE is loaded; load {parts.vae_file} to decode latents.")
         decoder = cls(
             vae=parts.vae,
             device=parts.device,

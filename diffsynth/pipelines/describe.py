@@ -34,6 +34,7 @@ def describe(parts: PipelineComponents, precision: str, memory: MemoryPlan | Non
         lines.append(f"  two experts, the low-noise one below timestep {parts.boundary * 1000:g}")
     if parts.high is not None:
         lines.append(f"  attention: {describe_attention(parts.device, parts.high.dit.attention)}")
+    lines += [f"  {line}" for line in describe_loras(parts)]
     if memory is not None:
         lines += [f"  {line}" for line in describe_memory(memory)]
     lines.append("  inputs: " + ", ".join(sorted(CONDITIONERS)))
@@ -42,6 +43,12 @@ def describe(parts: PipelineComponents, precision: str, memory: MemoryPlan | Non
             "  defaults from the checkpoint: " + ", ".join(f"{k}={v}" for k, v in parts.generation.items())
         )
     return "\n".join(lines)
+
+
+def describe_loras(parts: PipelineComponents) -> list[str]:
+    """Lines of text: each LoRA, and what of it fitted."""
+    told = parts.loras.describe()
+    return ["LoRAs, strengths as loaded:", *(f"  {line}" for line in told)] if told else []
 
 
 def describe_memory(plan: MemoryPlan) -> list[str]:

@@ -143,6 +143,10 @@ class MemoryManager:
         self.plan: MemoryPlan | None = None  # of the last call, or of the usual one; None without limits
         self.residency = Residency(parts.networks(), parts.device)
 
+    def find_networks(self) -> None:
+        """Look again which network has which name; nothing may be under limits meanwhile."""
+        self.residency.name_networks(self._parts.networks())
+
     def limit(self, limits: MemoryLimits) -> None:
         """Follow these limits from now on, in place of earlier ones; raises as `plan_call`."""
         plan = None if limits.is_free else plan_call(self._parts, limits, usual_sizes(self._parts))

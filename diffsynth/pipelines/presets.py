@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from diffsynth.checkpoints.hints import Role
 from diffsynth.errors import ArgumentError
 
 logger = logging.getLogger("diffsynth")
@@ -23,14 +24,18 @@ class Preset:
     sigma_shift: float
     cfg_scale: float
     sampler: str
+    cfg_scale_low_noise: float | None = None  # None: that of the high-noise expert
     switch_DiT_boundary: float | None = None  # None: the model's own
+    num_high_steps: int | None = None  # of two experts; what steps, shift and boundary come to
+    lora_alpha: Mapping[Role, float] | None = None  # strengths of its pair of LoRAs, for `load_lora`
 
     @property
     def values(self) -> dict[str, object]:
         """Arguments of ``pipe()``."""
         names = ("num_inference_steps", "sigma_shift", "cfg_scale", "sampler", "switch_DiT_boundary")
         found = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return {**found, "cfg_scale_low_noise": self.cfg_scale}
+        low = self.cfg_scale if self.cfg_scale_low_noise is None else self.cfg_scale_low_noise
+        return {**found, "cfg_scale_low_noise": low}
 
 
 PRESETS: dict[str, Preset] = {
@@ -43,6 +48,18 @@ PRESETS: dict[str, Preset] = {
         sigma_shift=5.0,
         cfg_scale=1.0,
         sampler="euler",
+    ),
+    "wan2.2-lightning-4step": Preset(
+        title="Wan2.2-Lightning: a pair of 4-step LoRAs for T2V-A14B or I2V-A14B, both at strength 1",
+        # As in ComfyUI: steps 1 and 2 of the high-noise expert, 3 and 4 of the low-noise one, simple grid.
+        source="ModelTC/Wan2.2-Lightning; performance facts of LightX2V's step distillation",
+        num_inference_steps=4,
+        sigma_shift=5.0,
+        cfg_scale=1.0,
+        sampler="euler",
+        switch_DiT_boundary=0.875,
+        num_high_steps=2,
+        lora_alpha={"high": 1.0, "low": 1.0},
     ),
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffsynth.conditioning.conditioner import Geometry, SizeChecker, read_inputs
-from diffsynth.conditioning.image import size_within
+from diffsynth.conditioning.image import size_nearest, size_within
 from diffsynth.conditioning.registry import CONDITIONERS
 from diffsynth.conditioning.text import TextInputs
 from diffsynth.denoising.loop import ProgressBar
@@ -39,7 +39,7 @@ PLACES = ("save_latents", "cache_text")  # arguments that name places of this ma
 class CallOptions:
     """Arguments of ``pipe()`` that are no condition. None means: the model's default."""
 
-    height: int | None = None  # pixels, multiples of 16
+    height: int | None = None  # pixels, multiples of 16, of TI2V-5B of 32
     width: int | None = None
     num_frames: int | None = None  # 4 k + 1
     preset: str | None = None  # settings of a step-distilled model or LoRA, see `PRESETS`
@@ -81,6 +81,8 @@ OFFICIAL_DEFAULTS: dict[tuple[str, bool], dict[str, object]] = {
                     "cfg_scale_low_noise": 3.0, "sigma_shift": 12.0, "sampler": "unipc"},
     ("i2v", True): {"height": 720, "width": 1280, "num_inference_steps": 40, "cfg_scale": 3.5,
                     "sigma_shift": 5.0, "sampler": "unipc"},
+    ("ti2v", False): {"height": 704, "width": 1280, "num_frames": 121, "num_inference_steps": 50,
+                      "cfg_scale": 5.0, "sigma_shift": 5.0, "sampler": "unipc", "fps": 24},
 }  # fmt: skip
 
 # Arguments that v1 scripts carry and what would read them: their harmless values pass, others say what is
@@ -198,7 +200,9 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
 
 def usual_values(parts: PipelineComponents) -> dict[str, object]:
     """What arguments are when nobody gives them: the checkpoint's, the official, v1's, in this order."""
-    official = OFFICIAL_DEFAULTS.get((parts.family, parts.low is not None), {})
+    official = dict(OFFICIAL_DEFAULTS.get((parts.family, parts.low is not None), {}))
+    if "cfg_scale" in parts.generation:
+        official.pop("cfg_scale_low_noise", None)  # the checkpoint's scale is meant for both experts
     return {**V1_DEFAULTS, **official, **parts.generation}
 
 
@@ -258,7 +262,7 @@ def _tiling(options: CallOptions, precision: str) -> CallOptions:
 
 def _multiples(parts: PipelineComponents) -> tuple[int, int]:
     """What height and width in pixels are multiples of."""
-    stride = 8 if parts.vae is None else parts.vae.spatial_stride
+    stride = parts.spatial_stride
     patch = (1, 2, 2) if parts.high is None else parts.high.dit.config.patch_size
     return stride * patch[1], stride * patch[2]
 
@@ -271,12 +275,13 @@ def _sizes_of_picture(given: Mapping[str, object], parts: PipelineComponents) ->
         return {}
     if replaced := [name for name in ("height", "width") if given.get(name) is not None]:
         raise ArgumentError(f"max_area= replaces {' and '.join(replaced)}; give one or the other.")
-    height, width = size_within(picture_size(image), max_area, _multiples(parts))
+    rule = size_nearest if parts.holds_first_frame else size_within
+    height, width = rule(picture_size(image), max_area, _multiples(parts))
     return {"height": height, "width": width}
 
 
 def _geometry(options: CallOptions, parts: PipelineComponents, num_videos: int) -> Geometry:
-    stride = 8 if parts.vae is None else parts.vae.spatial_stride
+    stride = parts.spatial_stride
     multiples = _multiples(parts)
     channels = 16 if parts.high is None else parts.high.dit.config.out_dim
     height = _snapped("height", options.height, multiples[0], options.strict)

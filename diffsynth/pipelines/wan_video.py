@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffsynth.conditioning.conditions import Contribution, Merged, merge
-from diffsynth.conditioning.registry import CONDITIONERS
+from diffsynth.conditioning.conditions import Merged
 from diffsynth.denoising.expert import Experts
 from diffsynth.denoising.loop import Guidance, OnStep, denoise
 from diffsynth.errors import ArgumentError, BusyPipelineError, MissingModelError
@@ -23,6 +22,8 @@ from diffsynth.ops.fp8 import Compute
 from diffsynth.pipelines.components import PipelineComponents, collect
 from diffsynth.pipelines.decoding import Tiling, VideoDecoder
 from diffsynth.pipelines.describe import describe, describe_memory
+from diffsynth.pipelines.encoding import EncodingSession, encode_request
+from diffsynth.pipelines.experts import ExpertMethods, boundary_of, step_counts
 from diffsynth.pipelines.kernels import choose_kernels
 from diffsynth.pipelines.loras import LoRAMethods
 from diffsynth.pipelines.memory import MemoryLimits, MemoryManager
@@ -43,7 +44,7 @@ logger = logging.getLogger("diffsynth")
 Precision = Literal["official", "v1"]
 
 
-class WanVideoPipeline(LoRAMethods):
+class WanVideoPipeline(LoRAMethods, ExpertMethods):
     """Turns a request into a video; see `__call__`.
 
     Args:
@@ -288,6 +289,15 @@ class WanVideoPipeline(LoRAMethods):
         return self._stream(decoder, latents)
 
     @contextmanager
+    def encoding(self, *networks: str) -> Iterator[EncodingSession]:
+        """Encode the conditions of many calls, with these networks on the device all the while."""
+        with self._alone(), self._residency.use(*networks):
+            try:
+                yield EncodingSession(self.parts, self.precision, self._residency, networks)
+            finally:
+                self._residency.enter()  # all go to rest
+
+    @contextmanager
     def _alone(self) -> Iterator[None]:
         if not self._in_use.acquire(blocking=False):
             raise BusyPipelineError(
@@ -313,27 +323,17 @@ class WanVideoPipeline(LoRAMethods):
                 "No DiT is loaded; load one (Wan2.1-T2V-1.3B's diffusion_pytorch_model.safetensors)."
             )
         if self.parts.vae is None and request.options.output_type != "latent":
-            raise MissingModelError("No VAE is loaded; load Wan2.1_VAE.pth, or ask for output_type='latent'.")
+            raise MissingModelError(
+                f"No VAE is loaded; load {self.parts.vae_file}, or ask for output_type='latent'."
+            )
         sampler = prepared_sampler(request)
-        self.parts.loras.begin(len(sampler.timesteps))
+        self.parts.loras.begin(*step_counts(self.parts, request.options, sampler))
         seed = chosen_seed(request)
         self.last_settings = {**request.settings, **({} if seed is None else {"seed": seed})}
         self._memory.prepare(request)
-        conditions = self._encode(request)
+        conditions = encode_request(request, self.parts, self._residency)
         noise = draw_noise(request, seed, conditions.latents.extra_frames)
         return self._decode(request, self._denoise(request, conditions, sampler, noise))
-
-    def _encode(self, request: VideoRequest) -> Merged:
-        """Lines 2 to 4 of a generation: each encoder comes in once."""
-        contributions: dict[str, Contribution] = {}
-        encoders = dict.fromkeys(CONDITIONERS[name].encoder for name in request.inputs)
-        for encoder in encoders:
-            group = {n: inputs for n, inputs in request.inputs.items() if CONDITIONERS[n].encoder == encoder}
-            is_needed = any(CONDITIONERS[n].needs_encoder(inputs, self.parts) for n, inputs in group.items())
-            with self._residency.use(*((encoder,) if encoder is not None and is_needed else ())):
-                for name, inputs in group.items():
-                    contributions[name] = CONDITIONERS[name].encode(inputs, request.geometry, self.parts)
-        return merge(contributions)
 
     def _denoise(self, request: VideoRequest, conditions: Merged, sampler: Sampler, noise: Tensor) -> Tensor:
         assert self.parts.high is not None
@@ -343,12 +343,12 @@ class WanVideoPipeline(LoRAMethods):
             latents = add_noise(plan.start.to(device, torch.float32), latents, sampler.sigmas[0].to(device))
         is_v1 = self.precision == "v1"
         latents = plan.pin(latents.to(self.parts.dtype if is_v1 else torch.float32))
-        boundary = self.parts.boundary if options.switch_DiT_boundary is None else options.switch_DiT_boundary
         experts = Experts(
-            self.parts.high, self.parts.low, boundary, options.step_cache, bring_in=self._residency.enter,
+            self.parts.high, self.parts.low, boundary_of(self.parts, options), options.step_cache,
+            bring_in=self._residency.enter, send_ahead=self._residency.send_ahead,
             interleaves=self.memory_plan is None or self.memory_plan.interleaves_branches,
         )  # fmt: skip
-        with self._residency.use(*self.parts.high.networks):
+        with self._residency.use(*experts.networks_at(sampler.timesteps[0])):
             latents = denoise(
                 experts, sampler, latents, positive=conditions.positive, negative=conditions.negative,
                 plan=plan, guidance=Guidance(high=request.cfg_scale, low=request.cfg_scale_low_noise),

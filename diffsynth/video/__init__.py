@@ -4,7 +4,7 @@
 `tensor_to_frames` stand between pictures and networks. Nothing here imports torch or av before it is used.
 """
 
-from diffsynth.video.images import load_image, save_frames, save_image
+from diffsynth.video.images import covering_tensor, load_image, save_frames, save_image
 from diffsynth.video.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, check_output_path
 from diffsynth.video.pixels import Frame, Resize, frames_to_tensor, picture_size, tensor_to_frames, to_pil
 from diffsynth.video.reading import VideoData
@@ -19,6 +19,7 @@ __all__ = [
     "VideoData",
     "VideoWriter",
     "check_output_path",
+    "covering_tensor",
     "frames_to_tensor",
     "load_image",
     "picture_size",

@@ -6,16 +6,19 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from diffsynth.errors import ArgumentError, MediaNotFoundError, MediaReadError, OutputPathError
 from diffsynth.video.paths import IMAGE_SUFFIXES, check_output_path, replacing
-from diffsynth.video.pixels import Frame, Frames, as_rgb8, iterate_frames
+from diffsynth.video.pixels import Frame, Frames, as_rgb8, frames_to_tensor, iterate_frames
 from diffsynth.video.plain import plain_picture
 from diffsynth.video.settings import TAG, pack
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger("diffsynth")
 
@@ -75,6 +78,36 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     if changes:
         logger.info("pictures were %s: %s", "; ".join(changes), path)
     return Image.fromarray(pixels)
+
+
+def covering_tensor(image: Frame, height: int, width: int) -> Tensor:
+    """Return a picture scaled until it covers ``width`` x ``height`` pixels, and cropped in the middle.
+
+    Other than `frames_to_tensor`, which crops before it scales: Lanczos, and on 8 bits per channel.
+
+    Args:
+        image: PIL, uint8 (H, W, 3), or real (3, H, W) in [0, 1].
+        height: in pixels.
+        width: in pixels.
+
+    Returns:
+        (1, 3, 1, height, width) float32 in [-1, 1].
+
+    Raises:
+        ArgumentError: as `frames_to_tensor`.
+
+    Source: Wan2.2 ``wan/textimage2video.py`` i2v.
+    """
+    notes: set[str] = set()
+    whole = Image.fromarray(as_rgb8(image, notes=notes))
+    scale = max(width / whole.width, height / whole.height)
+    scaled = whole.resize((round(whole.width * scale), round(whole.height * scale)), Image.Resampling.LANCZOS)
+    left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
+    if notes:
+        logger.info("pictures were %s", "; ".join(sorted(notes)))
+    if whole.size != (width, height):
+        logger.info("a picture of %dx%d was scaled and cropped to %dx%d", *whole.size, width, height)
+    return frames_to_tensor([scaled.crop((left, top, left + width, top + height))], height, width)
 
 
 def save_frames(frames: Frames, save_path: str | os.PathLike[str]) -> None:

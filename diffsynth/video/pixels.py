@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 
 import numpy as np
@@ -314,6 +315,8 @@ def _plain_array(frame: object, index: int) -> Array:
         frame = frame.astype(np.float32, copy=False)
     elif isinstance(frame, np.ndarray) and frame.dtype == np.uint16:
         frame = frame.astype(np.float32) / np.float32(SIXTEEN_BITS)
+    if isinstance(frame, str | bytes | PathLike):
+        raise ArgumentError(f"frame {index} is {str(frame)!r}; open a file first: PIL.Image.open.")
     if isinstance(frame, list | tuple):
         raise ArgumentError(f"frame {index} is a list; give one video at a time: videos[0] is the first.")
     if not isinstance(frame, np.ndarray) or frame.dtype not in (np.uint8, np.float32):

@@ -207,6 +207,12 @@ class VideoFile:
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def times_s(self) -> tuple[float, ...]:
+        """When each frame is shown, in seconds; empty where the file does not tell."""
+        tick_s = float(self._stream.time_base or 0)
+        return tuple(tick_s * time for time in self._times)
+
     def __getstate__(self) -> dict[str, Any]:  # open files do not travel to worker processes
         return {
             name: value

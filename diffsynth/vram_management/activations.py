@@ -171,6 +171,7 @@ def vae_activations(layers: Sequence[LayerSpec], work: Workload, *, tiled: bool)
     return sums + _chunk_bytes(layers, work, min(rows, TILE[0]), min(columns, TILE[1]))
 
 
+PATCH = 2  # of vae22.py: pixels along an edge of what the Wan2.2 VAE codes as one
 _UNIT = re.compile(r"decoder\.(upsamples\.\d+(?:\.upsamples\.\d+)?)\.(residual|resample)\.")
 
 
@@ -180,19 +181,29 @@ def _units(layers: Sequence[LayerSpec]) -> list[tuple[str, str]]:
     return sorted(found, key=lambda unit: [int(part) for part in re.findall(r"\d+", unit[0])])
 
 
+def _stage(unit: str) -> str | None:
+    """The stage around a unit of the Wan2.2 VAE, which holds its input to the end; None in one flat list."""
+    stage, _, inner = unit.rpartition(".upsamples.")
+    return stage if inner and stage else None
+
+
+def _patch(layers: Sequence[LayerSpec]) -> int:
+    """Pixels along an edge of what leaves the last convolution as one position."""
+    return PATCH if any(_stage(name) for name, _ in _units(layers)) else 1
+
+
 def _spatial_stride(layers: Sequence[LayerSpec]) -> int:
-    """Pixels along an edge of a latent position: a doubling each; the Wan2.2 VAE then unfolds 2 x 2 more."""
-    units = _units(layers)
-    is_nested = any(name.count("upsamples") > 1 for name, _ in units)
-    num_doublings = sum(kind == "resample" for _, kind in units) + is_nested
-    return 1 << num_doublings
+    """Pixels along an edge of a latent position: a doubling each, and the patch."""
+    return _patch(layers) << sum(kind == "resample" for _, kind in _units(layers))
 
 
 def _chunk_bytes(layers: Sequence[LayerSpec], work: Workload, rows: int, columns: int) -> int:
     """Bytes while one latent frame of ``rows`` x ``columns`` is decoded, histories of all layers included.
 
     A residual block is fullest in its second convolution: its input, what the first gave, its norm, the norm
-    joined with two past frames, the new history beside the old, the result.
+    joined with two past frames, the new history beside the old, the result; or in its first, where it
+    narrows: input, norm and what is joined are wider than the rest. Stages of the Wan2.2 VAE hold their input
+    beside it, for the shortcut; the last stage, which has none, does not.
     """
     counts = {layer.name.removeprefix("decoder."): layer.num_parameters for layer in layers}
     is_clip = work.num_frames > 1
@@ -202,21 +213,29 @@ def _chunk_bytes(layers: Sequence[LayerSpec], work: Workload, rows: int, columns
     frames, positions, peak = 1, rows * columns, 0
     channels = counts.get("middle.0.residual.0.gamma", 0)
     history = 4 * kept * channels * positions  # four convolutions of the middle
+    stage, entered = None, 0
+    with_shortcut = {_stage(name) for name, kind in _units(layers) if kind == "resample"} - {None}
     for name, kind in _units(layers):
+        beside = entered  # by its first block the stage's input is held anyway
+        if _stage(name) != stage:
+            stage = _stage(name)
+            beside, entered = 0, frames * channels * positions if stage in with_shortcut else 0
         if kind == "residual":
             received, channels = (counts.get(f"{name}.residual.{i}.gamma", 0) for i in (0, 3))
             history += kept * (received + channels) * positions
-            held = 4 * frames + 4 if is_clip else 3
-            peak = max(peak, (frames * received + held * channels) * positions)
+            second = frames * received + (4 * frames + 4 if is_clip else 3) * channels
+            first = (3 * frames + 4 if is_clip else 2) * received + frames * channels
+            peak = max(peak, max(first, second) * positions + beside)
             continue
         if f"{name}.time_conv.weight" in counts and is_clip:
             history += 2 * channels * positions
             frames *= 2
         given = counts.get(f"{name}.resample.1.bias", 0)
         # the small picture, four kinds of output pixel, the picture that they make
-        peak = max(peak, frames * (channels + 8 * given) * positions)
+        peak = max(peak, frames * (channels + 8 * given) * positions + beside)
         positions, channels = 4 * positions, given
     history += kept * channels * positions
-    pictures = 2 * frames * 3 * positions * FLOAT32  # the chunk in float32, and on its way
+    pixels = positions * _patch(layers) ** 2
+    pictures = 2 * frames * 3 * pixels * FLOAT32  # the chunk in float32, and on its way
     dtype = next((layer.dtype for layer in layers if layer.name == "conv1.weight"), work.compute_dtype)
     return (history + peak) * DTYPE_BYTES[dtype] + pictures

@@ -17,10 +17,12 @@ from diffsynth.vram_management.activations import (
 from diffsynth.vram_management.choices import (
     DITS,
     ENCODERS,
+    LOW_NOISE,
     Scene,
     Way,
     activation_bytes,
     choose,
+    coming_bytes,
     kept_key_bytes,
     leanest,
     pass_bytes,
@@ -184,7 +186,8 @@ class Arrangement:
             dits.append(
                 PhasePlan(
                     name=dit, networks=names, key_bytes=kept_key_bytes(scene, names, way),
-                    weight_bytes=sum(weight_bytes(request.sizes[name], way) for name in names),
+                    weight_bytes=sum(weight_bytes(request.sizes[name], way) for name in names)
+                    + coming_bytes(scene, names, way),
                     slot_bytes=sum(slots_bytes(request.sizes[name], way) for name in names),
                     activation_bytes=activation_bytes(scene, names, way),
                     workspace_bytes=WORKSPACE_BYTES[request.work.device],
@@ -242,27 +245,42 @@ class Arrangement:
             num_parameters=size.num_parameters, weight_bytes=size.num_bytes, device_bytes=size.num_bytes,
             pageable_bytes=size.unmapped_bytes, mapped_bytes=size.num_bytes - size.unmapped_bytes,
         )  # fmt: skip
+        is_of_pair = self._is_of_pair(name)
         if not way.streams(size):
-            return plain
-        travelling = way.travelling(size)
+            return replace(plain, is_of_pair=is_of_pair and not size.blocks)
+        # Blocks of a pair all travel, be it once: the later expert's take the places of the earlier one's.
+        travelling = size.blocks if is_of_pair else way.travelling(size)
         host: Host = "pageable" if self._request.work.device == "cpu" else "pinned"
         held = sum(block.slot_bytes for block in travelling)
         if name in self._ringed:
             host, held = "ring", RING_BUFFERS * max(block.slot_bytes for block in travelling)
+            if is_of_pair and name.endswith(LOW_NOISE):
+                held = 0  # it reads through the ring of the other expert
         outside = size.num_bytes
         if host != "ring":
             outside -= sum(block.num_bytes for block in travelling)
         pageable = min(size.unmapped_bytes, outside)
         return replace(
-            plain, where="streamed", num_slots=way.num_slots, host=host,
+            plain, where="streamed", num_slots=way.num_slots, host=host, is_of_pair=is_of_pair,
             resident_blocks=spread(len(size.blocks), way.residents[name]),
             device_bytes=weight_bytes(size, way) + slots_bytes(size, way),
             streamed_bytes=pass_bytes(size, way), pinned_bytes=0 if host == "pageable" else held,
             pageable_bytes=pageable + (held if host == "pageable" else 0), mapped_bytes=outside - pageable,
         )  # fmt: skip
 
+    def _is_of_pair(self, name: str) -> bool:
+        """Whether its expert is streamed, and the other one has its like."""
+        scene, way = self._scene, self._way
+        if scene is None or name in ENCODERS or scene.twin(name) is None:
+            return False
+        return all(way.streams(scene.sizes[dit]) for dit in DITS)
+
     def _notes(self, networks: Mapping[str, NetworkPlan], tiled: bool) -> tuple[str, ...]:
         way, notes = self._way, []
+        if any(networks[name].is_of_pair for name in DITS if name in networks):
+            where = {"pinned": "in pinned memory", "ring": "in their files, read through one pinned ring"}
+            place = where.get(networks[DITS[1]].host, "in plain memory")
+            notes.append(f"Both experts rest {place}: the low-noise one sets out before the other has ended.")
         ring = [name for name, network in networks.items() if network.host == "ring"]
         if ring:
             notes.append(

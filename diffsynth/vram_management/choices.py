@@ -21,6 +21,7 @@ ENCODERS = {
     "audio_encoder": "audio",
     "vae": "vae",
 }  # phases
+LOW_NOISE = "_low_noise"  # ends the names of the second of two experts and its adapters
 SMALL_CHUNK_TOKENS = 1024  # of the feed-forward, where its default does not fit
 WORTH = 0.98  # of a step's time: what saves less is not worth memory
 NEAR_BALANCE = (0.8, 1.25)  # copies to compute, where a third slot evens out what each waits for the other
@@ -49,6 +50,11 @@ class Scene:
                 shared = [a for a in adapters if suffix and a not in own and a + suffix not in adapters]
                 found[dit] = (dit, *own, *shared)
         return found
+
+    def twin(self, name: str) -> str | None:
+        """The network of the other expert that has the same place, or None."""
+        other = name.removesuffix(LOW_NOISE) if name.endswith(LOW_NOISE) else name + LOW_NOISE
+        return other if other in self.sizes and all(dit in self.sizes for dit in DITS) else None
 
     def tokens(self, names: tuple[str, ...]) -> int:
         """Of the video, and of the frame that a reference picture adds."""
@@ -104,6 +110,14 @@ def kept_key_bytes(scene: Scene, names: tuple[str, ...], way: Way) -> int:
     return key_bytes(scene.dit, scene.work, num_blocks=num_blocks - 1)
 
 
+def coming_bytes(scene: Scene, names: tuple[str, ...], way: Way) -> int:
+    """What the later of two experts sends ahead into the phase of the earlier: all that is in no block."""
+    if names[0] != DITS[0] or not way.streams(scene.sizes[DITS[0]]):
+        return 0
+    coming = [scene.sizes[twin] for name in names if (twin := scene.twin(name)) is not None]
+    return sum(size.rest_bytes - size.table_bytes for size in coming)
+
+
 def slots_bytes(size: NetworkSize, way: Way) -> int:
     """Of a network's copy slots: each holds any block that travels."""
     travelling = way.travelling(size)
@@ -131,6 +145,7 @@ def phase_bytes(scene: Scene, names: tuple[str, ...], way: Way) -> int:
     """Peak of one DiT's phase."""
     weights = sum(weight_bytes(scene.sizes[n], way) + slots_bytes(scene.sizes[n], way) for n in names)
     activations = activation_bytes(scene, names, way) + kept_key_bytes(scene, names, way)
+    weights += coming_bytes(scene, names, way)
     return weights + activations + WORKSPACE_BYTES[scene.work.device]
 
 
@@ -199,7 +214,11 @@ def _fitting(scene: Scene, way: Way) -> Way | None:
         found = _residents(scene, names, way)
         if found is None:
             return None
-        residents.update({n: min(count, residents.get(n, count)) for n, count in found.items()})
+        for name, count in found.items():
+            twin = scene.twin(name) or name  # who takes over has the same blocks in the same places
+            residents[name] = min(count, residents.get(name, count), residents.get(twin, count))
+            if twin in residents:
+                residents[twin] = residents[name]
     return _timed(scene, replace(way, residents=residents))
 
 

@@ -33,14 +33,14 @@ class FlatLayout:
     once the keys are kept, the run is cut before them.
 
     Args:
-        block: its parameters and buffers are what travels.
+        block: its parameters and buffers are what travels; not those that train.
         keeps_phase: begin each tensor as far behind a cache line as it does now. A CPU's kernels may sum in
             another order on memory that begins elsewhere; tensors of a mapped file begin anywhere.
     """
 
     def __init__(self, block: nn.Module, *, keeps_phase: bool = False) -> None:
         key_layers: Sequence[str] = getattr(block, "key_layers", ())
-        named = [*block.named_parameters(), *block.named_buffers()]
+        named = resting_tensors(block)
         named.sort(key=lambda item: item[0].startswith(tuple(key_layers)))  # stable: the rest keeps its order
         self.tensors: list[Tensor] = [tensor for _, tensor in named]
         self._pieces: list[_Piece] = []
@@ -72,6 +72,12 @@ class FlatLayout:
         """Fill a buffer with the tensors and let them rest there: the memory they had is let go."""
         self.scattered().read_into(into.buffer, 0, self.num_bytes)
         bind(self.tensors, self.views(into.buffer))
+
+
+def resting_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers that rest and travel: all but those that train, which stay where they are."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return [(name, tensor) for name, tensor in named if not tensor.requires_grad]
 
 
 def bind(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:

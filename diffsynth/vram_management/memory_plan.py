@@ -30,6 +30,7 @@ class NetworkPlan:
         0  # of the host, in plain memory: converted weights; blocks where the device is the CPU
     )
     mapped_bytes: int = 0  # in the file, which the system caches as it likes
+    is_of_pair: bool = False  # of two experts: what comes for the later one takes over the earlier one's room
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from diffsynth.errors import ArgumentError
 from diffsynth.vram_management.activations import Workload
 from diffsynth.vram_management.arrange import Arrangement, PlanRequest
-from diffsynth.vram_management.choices import DITS, spread
+from diffsynth.vram_management.choices import DITS, LOW_NOISE, spread
 from diffsynth.vram_management.layers import (
     LayerSpec,
     NetworkSize,
@@ -94,6 +94,8 @@ def plan_memory(  # noqa: PLR0913
         if name is None:
             raise request.host_error(plan.pinned_bytes + plan.pageable_bytes)
         ringed |= {name}
+        if plan.networks[name].is_of_pair:  # one ring serves both experts
+            ringed |= {name.removesuffix(LOW_NOISE), name.removesuffix(LOW_NOISE) + LOW_NOISE}
 
 
 def _check(sizes: Mapping[str, NetworkSize], dit: DiTSizes | None, num_persistent: int | None) -> None:
@@ -115,7 +117,7 @@ def _check(sizes: Mapping[str, NetworkSize], dit: DiTSizes | None, num_persisten
 
 
 def _next_for_ring(plan: MemoryPlan, ringed: frozenset[str]) -> str | None:
-    """The network whose blocks travel least often, among those that pin more than the ring would."""
+    """The network whose blocks travel least often, among those that hold more than the ring would."""
     order = sorted(plan.networks, key=lambda name: DITS[::-1].index(name) if name in DITS else -1)
-    pinned = [n for n in order if plan.networks[n].where == "streamed" and plan.networks[n].host == "pinned"]
-    return next((name for name in pinned if name not in ringed), None)
+    flat = [n for n in order if plan.networks[n].where == "streamed" and plan.networks[n].host != "ring"]
+    return next((name for name in flat if name not in ringed), None)

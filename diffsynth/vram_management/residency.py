@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth.errors import PinnedMemoryError
+from diffsynth.vram_management.choices import LOW_NOISE
 from diffsynth.vram_management.flat import bind
 from diffsynth.vram_management.fp8 import widening
-from diffsynth.vram_management.streaming import BlockStream, StreamCounts
+from diffsynth.vram_management.slots import StreamCounts
+from diffsynth.vram_management.streaming import BlockStream, Host
 from diffsynth.vram_management.visit import in_order
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ class _Guest(Protocol):
 
     def enter(self) -> None: ...
 
+    def send_ahead(self, twin: _Guest | None) -> None: ...
+
     def leave(self) -> None: ...
 
     def close(self) -> None: ...
@@ -38,15 +43,40 @@ class _Whole:
     def __init__(self, tensors: list[Tensor], device: torch.device) -> None:
         self._tensors, self._device = tensors, device
         self._resting: list[tuple[Tensor, Tensor]] = []
+        self._coming: Future[None] | None = None
+        self._ahead: list[Tensor] = []  # where they arrive
 
     def enter(self) -> None:
         if self._resting:
             return
-        self._resting = [(tensor, tensor.data) for tensor in self._tensors if tensor.device != self._device]
-        for tensor, resting in self._resting:
-            tensor.data = resting.to(self._device)
+        self._resting = [(tensor, tensor.data) for tensor in self._absent()]
+        if self._coming is None:
+            for tensor, resting in self._resting:
+                tensor.data = resting.to(self._device)
+            return
+        arrived, coming = self._ahead, self._coming
+        self._ahead, self._coming = [], None
+        coming.result()
+        bind([tensor for tensor, _ in self._resting], arrived)
+
+    def send_ahead(self, twin: _Guest | None) -> None:
+        """Begin to copy while another network computes; `enter` waits for what has not arrived."""
+        absent = self._absent()
+        if self._resting or self._coming is not None or not absent:
+            return
+        # The memory is taken here, in the order of the compute; a thread copies, for memory that is not
+        # pinned holds up whoever copies it.
+        self._ahead = [torch.empty_like(tensor, device=self._device) for tensor in absent]
+        carry = _carrying([tensor.data for tensor in absent], self._ahead, self._device)
+        worker = ThreadPoolExecutor(1, thread_name_prefix="diffsynth-ahead")
+        self._coming = worker.submit(carry)
+        worker.shutdown(wait=False)
 
     def leave(self) -> None:
+        if self._coming is not None:
+            coming, self._coming = self._coming, None
+            coming.exception()  # it ends before its memory goes
+            self._ahead = []
         if self._resting:
             tensors, values = zip(*self._resting, strict=True)
             bind(tensors, values)
@@ -54,6 +84,9 @@ class _Whole:
 
     def close(self) -> None:
         self.leave()
+
+    def _absent(self) -> list[Tensor]:
+        return [tensor for tensor in self._tensors if tensor.device != self._device]
 
 
 class _Streamed:
@@ -70,6 +103,7 @@ class _Streamed:
         ]
         self._network, self._rest = network, _Whole(rest, device)
         self.planned_host = plan.host  # the stream's own is "ring" where memory could not be pinned
+        self.is_of_pair = plan.is_of_pair
         self.stream = _stream(blocks, device, plan)
         self._streaming = widening(network, self.stream)
         self._resting = widening(network, in_order)
@@ -78,6 +112,12 @@ class _Streamed:
         self._rest.enter()
         self.stream.start()
         self._network.visit = self._streaming  # type: ignore[assignment]
+
+    def send_ahead(self, twin: _Guest | None) -> None:
+        """What is in no block sets out; blocks do when the twin, which is inside, has done with its own."""
+        self._rest.send_ahead(None)
+        if isinstance(twin, _Streamed):
+            twin.stream.hand_over(self.stream)
 
     def leave(self) -> None:
         self._network.visit = self._resting  # type: ignore[assignment]
@@ -106,7 +146,16 @@ class Residency:
         self._device = device
         self._guests: dict[str, _Guest] = {}
         self._inside: set[str] = set()
+        self._ahead: set[str] = set()  # sent, and not entered
         self._stays: set[str] = set()
+        self._pairs: set[str] = set()
+        self.arrange({})
+
+    def name_networks(self, networks: Mapping[str, nn.Module | None]) -> None:
+        """Hold these from now on; all of them rest."""
+        self.close()
+        self._networks = {name: network for name, network in networks.items() if network is not None}
+        self._guests = {}
         self.arrange({})
 
     def arrange(self, plans: Mapping[str, NetworkPlan]) -> None:
@@ -117,11 +166,16 @@ class Residency:
             if plan is None or plan.where != "streamed":
                 if not isinstance(guest, _Whole):
                     self._replace(name, _Whole([*network.parameters(), *network.buffers()], self._device))
-            elif isinstance(guest, _Streamed) and guest.planned_host == plan.host:
+            elif (
+                isinstance(guest, _Streamed)
+                and guest.planned_host == plan.host
+                and guest.is_of_pair == plan.is_of_pair
+            ):
                 guest.stream.arrange(plan.resident_blocks, plan.num_slots)
             else:
                 self._replace(name, _Streamed(network, self._device, plan))
         self._stays = {name for name, plan in plans.items() if plan.where == "resident"}
+        self._pairs = {name for name, plan in plans.items() if plan.is_of_pair}
 
     @contextmanager
     def use(self, *names: str) -> Iterator[None]:
@@ -131,15 +185,30 @@ class Residency:
 
     def enter(self, *names: str) -> None:
         """`use`, without a block of code around it; costs nothing when they are inside already."""
-        leaving = self._inside - set(names) - self._stays
+        is_handed_over = bool(self._ahead & set(names))
+        leaving = (self._inside - set(names) - self._stays) | (self._ahead - set(names))
         for name in leaving:
             self._guests[name].leave()
         self._inside -= leaving
-        if leaving and self._device.type == "cuda":
+        self._ahead = set()
+        # Giving memory back waits for the device; who was sent ahead has taken over most of it anyway.
+        if leaving and self._device.type == "cuda" and not is_handed_over:
             torch.cuda.empty_cache()
         for name in names:
             if name in self._guests and name not in self._inside:
                 self._bring_in(name)
+
+    def send_ahead(self, *names: str) -> None:
+        """These come next, once the networks inside have walked through their blocks a last time.
+
+        Of the later of two experts what is in no block sets out now, and its first blocks as soon as the
+        earlier one has done with its own. Networks that are not planned as one of a pair wait for `enter`.
+        """
+        for name in names:
+            if name in self._pairs and name not in self._inside | self._ahead:
+                twin = name.removesuffix(LOW_NOISE) if name.endswith(LOW_NOISE) else name + LOW_NOISE
+                self._ahead.add(name)
+                self._guests[name].send_ahead(self._guests[twin] if twin in self._inside else None)
 
     def _bring_in(self, name: str) -> None:
         try:
@@ -158,7 +227,7 @@ class Residency:
         """Send everything to rest and unlock the host's memory: plain networks again."""
         for name in self._networks:
             self._guests[name].close()
-        self._inside, self._guests = set(), {}
+        self._inside, self._ahead, self._guests = set(), set(), {}
         self.arrange({})
 
     def counts(self, name: str) -> StreamCounts | None:
@@ -173,12 +242,36 @@ class Residency:
 
 
 def _stream(blocks: list[nn.Module], device: torch.device, plan: NetworkPlan) -> BlockStream:
-    try:
+    def made(host: Host) -> BlockStream:
         return BlockStream(
-            blocks, device=device, resident=plan.resident_blocks, num_slots=plan.num_slots, host=plan.host
-        )
+            blocks, device=device, resident=plan.resident_blocks, num_slots=plan.num_slots, host=host,
+            rests_all=plan.is_of_pair,
+        )  # fmt: skip
+
+    try:
+        return made(plan.host)
     except PinnedMemoryError as error:
         logger.warning("%s Blocks of %s are read through a small ring instead.", error, plan.network)
-        return BlockStream(
-            blocks, device=device, resident=plan.resident_blocks, num_slots=plan.num_slots, host="ring"
-        )
+        return made("ring")
+
+
+def _carrying(sources: list[Tensor], targets: list[Tensor], device: torch.device) -> Callable[[], None]:
+    """Return what copies each source to its target, beside the compute, and ends when all have arrived."""
+    if device.type != "cuda":
+        return lambda: _copy(sources, targets)
+    passed = torch.cuda.current_stream(device).record_event()  # the targets' memory is free from here on
+    beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def carry() -> None:
+        with torch.cuda.stream(beside):
+            beside.wait_event(passed)
+            _copy(sources, targets)
+            beside.synchronize()
+
+    return carry
+
+
+@torch.no_grad()
+def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)

@@ -1,11 +1,14 @@
-"""How a network walks through its blocks: in order, unless a plan brings each block in for its turn."""
+"""How a network walks through its blocks: in order, unless a plan brings each block in for its turn.
+
+And how it runs one: at once, unless training wants the backward pass to compute the block again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Visit(Protocol):
@@ -24,3 +27,21 @@ class Visit(Protocol):
 def in_order(blocks: Iterable[nn.Module], *, has_keys: bool = False) -> Iterator[nn.Module]:
     """All blocks are there: yield them."""
     return iter(blocks)
+
+
+class RunBlock(Protocol):
+    """Set on a network from outside; runs each block while gradients are wanted."""
+
+    def __call__(self, block: nn.Module, work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return ``work(x)``.
+
+        Args:
+            block: whose weights ``work`` reads; here until the call returns.
+            work: the block, given all that it needs besides its tokens; the same each time it is called.
+            x: tokens, (B, L, D).
+        """
+
+
+def at_once(block: nn.Module, work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """All that the backward pass needs is kept: just run it."""
+    return work(x)

@@ -34,6 +34,7 @@ CALLS = [
         "vae.py", ["--toy", "--size", "2,4,4", "--chunk-latents", "1,all", "--only", "time"], id="vae"
     ),
     pytest.param("overhead.py", [], id="overhead"),
+    pytest.param("lora_fuse.py", ["--dim", "160", "--ffn-dim", "256", "--rank", "4"], id="lora_fuse"),
     pytest.param("micro.py", ["--scale", "0.02"], id="micro"),
 ]
 

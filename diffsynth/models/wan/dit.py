@@ -29,7 +29,7 @@ from diffsynth.ops.attention import AttentionKernel, attend
 from diffsynth.ops.fp8_policy import Fp8Policy
 from diffsynth.ops.fused import linear_float32, modulated_layer_norm, spans_of
 from diffsynth.ops.rope import video_rotation
-from diffsynth.vram_management.visit import Visit, in_order
+from diffsynth.vram_management.visit import RunBlock, Visit, at_once, in_order
 
 FFN_CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
 
@@ -114,8 +114,8 @@ class WanDiT(nn.Module):
 
     Set from outside: ``attention``, a kernel (perhaps wrapped, to exchange heads between devices);
     ``ffn_chunk_tokens``, tokens that go through a feed-forward layer at a time (None: by device); ``visit``,
-    how blocks come in for their turn; ``keeps_keys``, whether a branch keeps each block's cross-attention
-    keys from one step to the next.
+    how blocks come in for their turn; ``run_block``, how a block runs in training (`training.recompute`);
+    ``keeps_keys``, whether a branch keeps each block's cross-attention keys from one step to the next.
     """
 
     fp8_policy = Fp8Policy(num_edge_blocks=1, multiplies=("self_attn.", "ffn."))
@@ -142,6 +142,7 @@ class WanDiT(nn.Module):
         self.attention: AttentionKernel = attend
         self.ffn_chunk_tokens: int | None = None
         self.visit: Visit = in_order
+        self.run_block: RunBlock = at_once
         self.keeps_keys = True
 
     @classmethod
@@ -211,7 +212,7 @@ class WanDiT(nn.Module):
         running = [one for one in passes if not one.is_cached]
         for index, block in self._visited(running):
             for one in running:
-                one.x = block(one.x, one.stream.rotary, self._keys(index, block, one.branch), one.call)
+                one.x = self._through(index, block, one)
                 for adapter, state in one.states:
                     one.x = adapter.after_block(index, one.x, state)
         for one in passes:
@@ -324,17 +325,27 @@ class WanDiT(nn.Module):
         else:
             one.x, one.is_cached = one.x + change, True
 
+    def _through(self, index: int, block: DiTBlock, one: _Pass) -> Tensor:
+        def work(x: Tensor) -> Tensor:
+            # The keys are made in here: in training they depend on the block's weights.
+            out: Tensor = block(x, one.stream.rotary, self._keys(index, block, one.branch), one.call)
+            return out
+
+        return self.run_block(block, work, one.x) if torch.is_grad_enabled() else work(one.x)
+
     def _visited(self, running: Sequence[_Pass]) -> Iterable[tuple[int, DiTBlock]]:
         if not running:
             return ()
         has_keys = all(len(one.branch.keys) == len(self.blocks) for one in running)
+        has_keys = has_keys and not torch.is_grad_enabled()
         return enumerate(cast("Iterable[DiTBlock]", self.visit(self.blocks, has_keys=has_keys)))
 
     def _keys(self, index: int, block: DiTBlock, branch: Branch) -> CrossKeys:
-        if index in branch.keys:
+        trains = torch.is_grad_enabled()
+        if index in branch.keys and not trains:
             return branch.keys[index]
         keys = block.cross_attn.keys(branch.text, branch.image)
-        if self.keeps_keys and not torch.is_grad_enabled():
+        if self.keeps_keys and not trains:
             branch.keys[index] = keys
         return keys
 

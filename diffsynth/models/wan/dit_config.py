@@ -8,6 +8,7 @@ from diffsynth.errors import ConfigurationError
 
 PLANE_ORDER = ("control", "mask", "image")  # in which planes stand behind the noise
 MASK_CHANNELS = 4
+VAE22_CHANNELS = 48  # of a latent of the Wan2.2 VAE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +41,16 @@ class DiTConfig:
     def planes(self) -> dict[str, int]:
         """Channels of each plane beside the noise, told by in_dim - out_dim."""
         return plane_channels(self.in_dim, self.out_dim)
+
+    @property
+    def holds_first_frame(self) -> bool:
+        """Whether a given first frame is a latent that stays clean, with a clock of its own."""
+        return holds_first_frame(self.in_dim, self.out_dim)
+
+
+def holds_first_frame(in_dim: int, out_dim: int) -> bool:
+    """Tell TI2V: latents of the Wan2.2 VAE, and no planes beside them that could show a picture."""
+    return in_dim == out_dim == VAE22_CHANNELS
 
 
 def plane_channels(in_dim: int, out_dim: int) -> dict[str, int]:

@@ -63,8 +63,10 @@ class CausalConv3d(nn.Conv3d):
         pieces = [channels_last(x.new_zeros(*x.shape[:2], missing, *x.shape[3:]))] if missing else []
         joined = torch.cat([*pieces, *(() if past is None else (past,)), x], dim=2)
         history.keep(self, joined[:, :, -num_past:])
+        made = super().forward(joined)
+        del joined, past, pieces  # not beside a copy of the result
         # PyTorch gives small convolutions of one sample back in the plain layout, whatever it was given.
-        return channels_last(super().forward(joined))
+        return channels_last(made)
 
 
 class RMSNorm(nn.Module):

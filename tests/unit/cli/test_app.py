@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from diffsynth import __version__
-from diffsynth.cli.flags import FLAGS, TORCH_NAMES, DtypeName, PrecisionName, SamplerName
+from diffsynth.cli.flags import FLAGS, TORCH_NAMES, DtypeName, PrecisionName, SamplerName, short_dtype
 from diffsynth.pipelines.request import UNREAD, known_arguments
 from diffsynth.sampling.registry import SAMPLERS
 from tests.unit.checkpoints.weights import manifests, write_sparse
@@ -42,7 +42,9 @@ main()
 """
 
 
-LIGHT = ["--version", "--help", "generate --help", "decode --help", "inspect --help", "inspect"]
+LIGHT = [
+    "--version", "--help", "generate --help", "refine --help", "decode --help", "inspect --help", "inspect",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", LIGHT)
@@ -82,6 +84,17 @@ def test_choices_are_what_the_pipeline_knows() -> None:
     names = [TORCH_NAMES.get(name.value, name.value) for name in DtypeName]
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in names)
     assert [name.value for name in PrecisionName] == ["official", "v1"]
+
+
+def test_a_dtype_has_two_spellings_everywhere(shell: Shell, toy_folder: Path) -> None:
+    pairs = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "fp8": "fp8"}
+    for long, short in pairs.items():
+        assert short_dtype(long) == short_dtype(short) == short
+        plans = [
+            json.loads(shell("plan", toy_folder, "--json", "--dtype", name).out) for name in (long, short)
+        ]
+        assert plans[0] == plans[1] and plans[0]["request"]["dtype"] == short
+    assert set(pairs) | set(pairs.values()) == {name.value for name in DtypeName}
 
 
 def test_help_names_every_flag(shell: Shell) -> None:

@@ -141,7 +141,7 @@ def test_wrong_paths_are_told(
 def test_as_many_poses_as_frames() -> None:
     inputs = CameraInputs(camera_control_poses=[pose()] * 4)
     with pytest.raises(ArgumentError, match="has 4 poses and num_frames is 5"):
-        CameraConditioner().encode(inputs, GEOMETRY, Parts())  # type: ignore[arg-type]
+        CameraConditioner().check(inputs, GEOMETRY, Parts())  # type: ignore[arg-type]
 
 
 def test_without_a_camera_model_nothing_is_done() -> None:

@@ -18,6 +18,7 @@ from diffsynth.conditioning.image import (
     ImageInputs,
     ImageTokensConditioner,
     known_frames,
+    size_nearest,
     size_within,
 )
 from diffsynth.errors import ArgumentError, MissingModelError, UnusedInputError
@@ -42,6 +43,8 @@ class Parts:
     has_image_positions: bool = False
     image_dim: int | None = 2
     image_encoder: Any = field(default_factory=Encoder)
+    holds_first_frame: bool = False
+    vae_file: str = "Wan2.1_VAE.pth"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -86,6 +89,31 @@ def test_sizes_follow_the_picture_as_officially(
 ) -> None:
     assert size_within(size, 1280 * 720, (16, 16)) == large
     assert size_within(size, 832 * 480, (16, 16)) == small
+
+
+# height and width of the picture, those of TI2V at 1280 * 704; facts of the official code
+@pytest.mark.parametrize(
+    ("size", "found"),
+    [
+        ((704, 1280), (704, 1280)),
+        ((480, 832), (704, 1248)),
+        ((720, 1280), (704, 1248)),
+        ((1080, 1920), (704, 1248)),
+        ((1280, 720), (1248, 704)),
+        ((1024, 1024), (928, 960)),
+        ((4032, 3024), (1088, 800)),
+    ],
+)
+def test_sizes_of_ti2v_come_nearest_to_the_picture(size: tuple[int, int], found: tuple[int, int]) -> None:
+    assert size_nearest(size, 1280 * 704, (32, 32)) == found
+
+
+def test_an_area_of_one_row_takes_the_other_rounding() -> None:
+    assert size_nearest((100, 1000), 32 * 320, (32, 32)) == (32, 320)
+    assert size_nearest((100, 1130), 32 * 320, (32, 32)) == (32, 320)
+    for area, words in ((99, "too small"), (0, "max_area is 0")):
+        with pytest.raises(ArgumentError, match=words):
+            size_nearest((480, 832), area, (32, 32))
 
 
 @pytest.mark.parametrize(
@@ -206,7 +234,7 @@ def test_resize_that_nothing_reads_is_refused() -> None:
 def test_an_end_without_a_beginning_in_time_is_refused() -> None:
     inputs = ImageInputs(input_image=WHITE, end_image=BLACK)
     with pytest.raises(ArgumentError, match="num_frames is 1; give 5 or more"):
-        ImageConditioner().encode(inputs, geometry(1), Parts())  # type: ignore[arg-type]
+        ImageConditioner().check(inputs, geometry(1), Parts())  # type: ignore[arg-type]
 
 
 def test_a_missing_image_encoder_is_told() -> None:

@@ -1,86 +1,39 @@
+"""Files become networks however they are given, in the dtype asked for, and v1's calls hold."""
+
 from __future__ import annotations
 
 import inspect
 import json
 import logging
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.layouts import DIFFUSERS_DIT, DIFFUSERS_VAE21, UMT5
-from diffsynth.errors import (
-    ArgumentError,
-    CheckpointNotFoundError,
-    ConfigurationError,
-    IncompleteCheckpointError,
-    LoRAFileError,
-    MissingShardError,
-    UnknownCheckpointError,
-    UnsupportedModelError,
-)
+from diffsynth.errors import ArgumentError, UnknownCheckpointError
 from diffsynth.models.model_manager import ModelManager
-from tests.unit.checkpoints.weights import manifests, toy_dit, write_sparse
-
-DIT, TEXT_ENCODER, VAE = "wan_video_dit", "wan_video_text_encoder", "wan_video_vae"
-HEADS = {"config": json.dumps({"num_heads": 3})}
-
-
-def toy_text_encoder() -> nn.Module:
-    from diffsynth.models.wan.text_encoder import WanTextEncoder
-
-    sizes = {
-        "vocab_size": 50,
-        "dim": 24,
-        "dim_attn": 24,
-        "dim_ffn": 40,
-        "num_heads": 3,
-        "num_layers": 2,
-        "num_buckets": 32,
-    }
-    return WanTextEncoder.from_config(sizes)
-
-
-def toy_vae() -> nn.Module:
-    from diffsynth.models.wan.vae import VAEConfig, WanVideoVAE
-
-    return WanVideoVAE(VAEConfig(dim=8, num_res_blocks=1))
-
-
-def split(network: nn.Module, folder: Path, count: int = 3) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = list(network.state_dict().items())
-    paths = [
-        folder / f"diffusion_pytorch_model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)
-    ]
-    for n, path in enumerate(paths):
-        save_file(dict(weights[n::count]), path, metadata=HEADS)
-    return paths
+from tests.unit.checkpoints.weights import toy_dit
+from tests.unit.models.toy_folders import (
+    DIT,
+    HEADS,
+    TEXT_ENCODER,
+    VAE,
+    all_three,
+    cpu,
+    split,
+    toy_text_encoder,
+    toy_vae,
+    write_official_folder,
+)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An official folder: sharded DiT, text encoder and VAE as .pth, tokenizer."""
-    split(toy_dit(), tmp_path)
-    torch.save(toy_text_encoder().state_dict(), tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
-    torch.save({"model_state": toy_vae().state_dict()}, tmp_path / "Wan2.1_VAE.pth")
-    (tmp_path / "google" / "umt5-xxl").mkdir(parents=True)
-    return tmp_path
-
-
-def cpu(dtype: torch.dtype | None = torch.float32) -> ModelManager:
-    return ModelManager(torch_dtype=dtype, device="cpu")
-
-
-def all_three(folder: Path) -> tuple[list[Path], Path, Path]:
-    shards = sorted(folder.glob("diffusion*"))
-    return shards, folder / "models_t5_umt5-xxl-enc-bf16.pth", folder / "Wan2.1_VAE.pth"
+    return write_official_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -243,134 +196,6 @@ def test_left_over_tensors_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptu
     assert "1 tensors belong to no known network" in caplog.text and "cam_encoder" in caplog.text
 
 
-# errors come before anything is built
-
-
-def test_nothing_is_loaded_when_one_path_is_wrong(folder: Path) -> None:
-    manager = cpu()
-    with pytest.raises(CheckpointNotFoundError, match=r"Did you mean 'Wan2\.1_VAE\.pth'"):
-        manager.load_models([*all_three(folder)[:2], folder / "Wan2.1_VEA.pth"])
-    save_file({"w": torch.zeros(3)}, folder / "what.safetensors")
-    with pytest.raises(UnknownCheckpointError, match=r"what\.safetensors holds 1 tensors"):
-        manager.load_models([folder / "Wan2.1_VAE.pth", folder / "what.safetensors"])
-    assert manager.loaded == []
-
-
-def test_a_missing_shard_stops_the_loading(folder: Path) -> None:
-    all_three(folder)[0][1].unlink()
-    with pytest.raises(MissingShardError, match=r"1 of 3 missing.*00002-of-00003"):
-        cpu().load_models(folder)
-
-
-def test_missing_tensors_are_named(tmp_path: Path) -> None:
-    weights = toy_dit().state_dict()
-    del weights["blocks.2.ffn.2.bias"]
-    save_file(weights, tmp_path / "dit.safetensors", metadata=HEADS)
-    with pytest.raises(
-        IncompleteCheckpointError, match=r"1 of the file's are missing: blocks\.2\.ffn\.2\.bias"
-    ):
-        cpu().load_models(tmp_path)
-    weights["blocks.2.ffn.2.bias"] = torch.zeros(5)
-    save_file(weights, tmp_path / "dit.safetensors", metadata=HEADS)
-    with pytest.raises(IncompleteCheckpointError, match=r"blocks\.2\.ffn\.2\.bias \(5,\) instead of \(96,\)"):
-        cpu().load_models(tmp_path)
-
-
-def test_missing_heads_are_named(tmp_path: Path) -> None:
-    save_file(toy_dit().state_dict(), tmp_path / "dit.safetensors")
-    with pytest.raises(ConfigurationError, match="num_heads is missing"):
-        cpu().load_models(tmp_path)
-
-
-def test_a_lora_is_sent_to_load_lora(folder: Path) -> None:
-    save_file({"blocks.0.self_attn.q.lora_A.default.weight": torch.zeros(4, 96)}, folder / "lora.safetensors")
-    with pytest.raises(LoRAFileError, match="load_lora"):
-        cpu().load_models([folder / "lora.safetensors"])
-
-
-def test_what_lies_about_in_a_folder_is_passed_over_and_said(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    save_file({"blocks.0.self_attn.q.lora_A.default.weight": torch.zeros(4, 96)}, folder / "lora.safetensors")
-    save_file({"w": torch.zeros(3)}, folder / "what.safetensors")
-    assert len(cpu().load_models(folder).model) == 3
-    assert caplog.text.count("Passed over") == 2
-    (folder / "only").mkdir()
-    save_file({"w": torch.zeros(3)}, folder / "only" / "what.safetensors")
-    with pytest.raises(UnknownCheckpointError):
-        cpu().load_models(folder / "only")
-
-
-def unbuilt(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Whatever this version builds, pretend that it does not build this one."""
-    from dataclasses import replace
-
-    from diffsynth.models import model_manager
-
-    rows = [replace(row, module=None) if row.name == name else row for row in model_manager.ARCHITECTURES]
-    monkeypatch.setattr(model_manager, "ARCHITECTURES", tuple(rows))
-
-
-@pytest.mark.parametrize(
-    "model", ["longcat_video", "wan_dancer_14b", "video_as_prompt_wan2.1_14b", "wan2.2_animate_2_14b"]
-)
-def test_a_network_that_is_not_built_is_named(model: str, tmp_path: Path) -> None:
-    write_sparse(tmp_path / "model.safetensors", manifests()[model])
-    with pytest.raises(UnsupportedModelError, match="It is recognised, but not built by this version"):
-        cpu(None).load_models(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("model", "adapter"),
-    [
-        ("wan2.1_vace_1.3b", "wan_video_vace"),
-        ("wan2.1_fun_v1.1_1.3b_control", "wan_video_reference_adapter"),
-        ("wan2.1_fun_v1.1_1.3b_control_camera", "wan_video_camera_adapter"),
-        ("wan2.2_s2v_14b", "wan_video_speech_adapter"),
-        ("wan2.2_animate_14b", "wan_video_animate_adapter"),
-    ],
-)
-def test_an_adapter_is_never_dropped_in_silence(
-    model: str, adapter: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    unbuilt(monkeypatch, adapter)
-    write_sparse(tmp_path / "model.safetensors", manifests()[model])
-    manager = cpu(None)
-    with pytest.raises(UnsupportedModelError, match=adapter):
-        manager.load_models(tmp_path)
-    assert manager.loaded == []
-
-
-def test_an_adapter_is_left_out_when_the_caller_says_so(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    unbuilt(monkeypatch, "wan_video_reference_adapter")
-    weights = {
-        **toy_dit().state_dict(),
-        "ref_conv.weight": torch.zeros(96, 16, 2, 2),
-        "ref_conv.bias": torch.zeros(96),
-    }
-    save_file(weights, tmp_path / "dit.safetensors", metadata=HEADS)
-    assert cpu().load_models(tmp_path, model_names=[DIT]).model_name == [DIT]
-    assert "Not loaded, because model_names does not name it: wan_video_reference_adapter" in caplog.text
-    with pytest.raises(ArgumentError, match="model_names asks for wan_video_vae; these paths hold"):
-        cpu().load_models(tmp_path, model_names=[VAE])
-
-
-@pytest.mark.parametrize("given", ["folder", "file"])
-def test_an_encoder_for_other_variants_is_passed_over_in_a_folder_only(
-    given: str, monkeypatch: pytest.MonkeyPatch, folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    unbuilt(monkeypatch, "wan_video_image_encoder")
-    clip = write_sparse(folder / "models_clip.safetensors", manifests()["clip_xlm_roberta_vit_h_14"])
-    if given == "folder":
-        assert sorted(cpu().load_models(folder).model_name) == [DIT, TEXT_ENCODER, VAE]
-        assert "Passed over" in caplog.text and "CLIP image encoder" in caplog.text
-    else:
-        with pytest.raises(UnsupportedModelError, match="CLIP image encoder"):
-            cpu().load_models([folder, clip])
-
-
 # other layouts
 
 
@@ -420,63 +245,3 @@ def test_move_all_networks(folder: Path) -> None:
     manager = cpu().load_models(folder)
     manager.to("meta")
     assert all(p.is_meta for model in manager.model for p in model.parameters())
-
-
-# downloads
-
-
-def hub(monkeypatch: pytest.MonkeyPatch, module: str, answer: object) -> list[str]:
-    calls: list[str] = []
-
-    def snapshot_download(model_id: str, local_dir: str, allow_patterns: list[str] | None = None) -> str:
-        calls.append(f"{module} {model_id}")
-        if isinstance(answer, Exception):
-            raise answer
-        Path(local_dir).mkdir(parents=True, exist_ok=True)
-        save_file(toy_vae().state_dict(), Path(local_dir) / "vae.safetensors")
-        return local_dir
-
-    fake = types.ModuleType(module)
-    fake.snapshot_download = snapshot_download  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module, fake)
-    return calls
-
-
-def test_ids_are_downloaded_and_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    first = hub(monkeypatch, "modelscope", OSError("not there"))
-    second = hub(monkeypatch, "huggingface_hub", None)
-    manager = ModelManager(torch.float32, "cpu", model_id_list=["Wan-AI/Wan2.1-T2V-1.3B"])
-    assert manager.model_name == [VAE]
-    assert first == ["modelscope Wan-AI/Wan2.1-T2V-1.3B"] and second == [
-        "huggingface_hub Wan-AI/Wan2.1-T2V-1.3B"
-    ]
-    assert (tmp_path / "models" / "Wan-AI" / "Wan2.1-T2V-1.3B" / "vae.safetensors").is_file()
-
-
-def test_a_download_that_fails_says_what_each_site_answered(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    hub(monkeypatch, "modelscope", OSError("no such model"))
-    hub(monkeypatch, "huggingface_hub", OSError("gated"))
-    with pytest.raises(CheckpointNotFoundError, match="ModelScope: no such model; HuggingFace: gated"):
-        ModelManager(device="cpu", model_id_list=["a/b"])
-
-
-@pytest.mark.parametrize(
-    ("ids", "sites"),
-    [(["Wan2.1"], ["ModelScope"]), (["../x"], ["ModelScope"]), (["a/b"], ["Mars"]), (["a/b"], [])],
-)
-def test_what_is_no_id_or_site_is_refused(ids: list[str], sites: list[str]) -> None:
-    with pytest.raises(ArgumentError):
-        ModelManager(device="cpu", model_id_list=ids, downloading_priority=sites)
-
-
-def test_single_files_are_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from diffsynth.models.download import download_customized_models
-
-    hub(monkeypatch, "modelscope", None)
-    assert download_customized_models("a/b", "*.safetensors", tmp_path) == [str(tmp_path / "vae.safetensors")]
-    with pytest.raises(CheckpointNotFoundError, match=r"has no file nothing\.pth"):
-        download_customized_models("a/b", "nothing.pth", tmp_path)

@@ -21,6 +21,7 @@ from diffsynth.models.model_manager import ModelManager
 from diffsynth.models.wan.text_encoder import WanTextEncoder
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from tests.toys import TOY_DIT, TOY_TEXT_ENCODER, write_toy, write_toy_dit
+from tests.vace_toys import write_vace
 
 Make = Callable[..., WanVideoPipeline]
 
@@ -48,6 +49,109 @@ def test_paths_tell_the_role_whatever_the_order(tmp_path: Path, caplog: pytest.L
     pipe = pipeline(low, high)
     assert pipe.parts.sources["dit"] == str(high) and pipe.parts.boundary == 0.875
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("high", "low"),
+    [
+        ("wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors", "wan2.2_t2v_low_noise_14B_fp16.safetensors"),
+        ("Wan2_2-T2V-A14B_HIGH_fp8_e4m3fn_scaled_KJ.safetensors", "Wan2_2-T2V-A14B-LOW_bf16.safetensors"),
+        ("wan2.2_i2v_A14b_high_noise_lightx2v_4step.safetensors", "wan2.2_i2v_A14b_low_noise_x.safetensors"),
+        ("Wan2.2-T2V-A14B-HighNoise-bf16.safetensors", "Wan2.2-T2V-A14B-LowNoise-bf16.safetensors"),
+        ("high_noise_model/model.safetensors", "low_noise_model/model.safetensors"),
+        ("transformer/model.safetensors", "transformer_2/model.safetensors"),
+        ("distill_models/high_noise_model.safetensors", "distill_models/low_noise_model.safetensors"),
+    ],
+)
+def test_names_of_every_release_tell_the_role(high: str, low: str, tmp_path: Path) -> None:
+    files = [write_toy_dit(tmp_path / name, seed) for seed, name in enumerate((low, high))]
+    pipe = pipeline(*files)
+    assert [pipe.parts.sources[part] for part in ("dit", "dit_low_noise")] == [str(files[1]), str(files[0])]
+
+
+@pytest.mark.parametrize("name", ["high_quality", "t2v_low_vram", "highres", "slow", "high_noise_mix_low"])
+def test_other_words_tell_no_role(name: str, tmp_path: Path) -> None:
+    from diffsynth.checkpoints.hints import role_of
+
+    assert role_of((tmp_path / f"{name}.safetensors",), {}) is None
+    assert role_of((tmp_path / f"{name}_low_noise.safetensors",), {}) == (None if "mix" in name else "low")
+
+
+def test_the_caller_tells_the_roles_also_against_the_paths(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = (write_toy_dit(tmp_path / name / "dit.safetensors", seed) for seed, name in enumerate("ab"))
+    pipe = pipeline(a, b, dit=[b, a])
+    assert pipe.parts.sources["dit"] == str(b) and not caplog.records
+    high = write_toy_dit(tmp_path / "high_noise_model" / "dit.safetensors")
+    low = write_toy_dit(tmp_path / "low_noise_model" / "dit.safetensors", 1)
+    assert pipeline(high, low, dit=[low, high]).parts.sources["dit"] == str(low)
+    assert "the paths say the opposite" in caplog.text
+
+
+def test_swapped_experts_make_the_video_of_the_other_order(tmp_path: Path, toy_folder: Path) -> None:
+    a, b = (write_toy_dit(tmp_path / name / "dit.safetensors", seed) for seed, name in enumerate("ab"))
+    arguments = {"prompt_embeds": torch.ones(1, 4, 32), "cfg_scale": 1.0, "seed": 0, "output_type": "latent"}
+    steps = {"sigmas": [1.0, 0.8, 0.4]}
+    one, other = pipeline(a, b), pipeline(a, b, dit=[b, a])
+    expected = other(**arguments, **steps)
+    assert not torch.equal(one(**arguments, **steps), expected)
+    one.enable_vram_management(num_persistent_param_in_dit=0)
+    one.swap_experts()
+    assert one.memory_plan is not None, "the limits hold again"
+    assert torch.equal(one(**arguments, **steps), expected)
+    assert one.parts.sources["dit"] == str(b) and one.dit is not None
+    one.swap_experts()
+    one.disable_vram_management()
+    assert not torch.equal(one(**arguments, **steps), expected)
+    with pytest.raises(ArgumentError, match="has not two"):
+        pipeline(a).swap_experts()
+
+
+def test_text_and_picture_experts_are_no_pair(tmp_path: Path) -> None:
+    text = write_toy_dit(tmp_path / "high_noise_model" / "dit.safetensors")
+    wide = replace(TOY_DIT, in_dim=36)
+    picture = write_toy_dit(tmp_path / "low_noise_model" / "dit.safetensors", config=wide)
+    with pytest.raises(AmbiguousModelError) as caught:
+        pipeline(text, picture)
+    for words in (f"{text}: t2v, in_dim 16", f"{picture}: i2v, in_dim 36", "no pair of experts"):
+        assert words in str(caught.value)
+    vace = write_vace(tmp_path / "vace_low_noise" / "model.safetensors")
+    with pytest.raises(AmbiguousModelError, match=r"t2v, alone\n.*vace, wan_video_vace"):
+        pipeline(text, vace)
+
+
+@pytest.mark.parametrize(
+    ("in_dim", "told", "boundary"),
+    [
+        (16, {}, 0.875),
+        (36, {}, 0.9),
+        (52, {}, 0.875),
+        (16, {"boundary": 0.8}, 0.8),
+        (36, {"boundary": 0}, 0.0),
+    ],
+)
+def test_the_boundary_is_the_checkpoints_else_that_of_its_inputs(
+    in_dim: int, told: dict[str, float], boundary: float, tmp_path: Path
+) -> None:
+    config = replace(TOY_DIT, in_dim=in_dim)
+    high = write_toy_dit(tmp_path / "high_noise_model" / "dit.safetensors", 1, config, **told)
+    low = write_toy_dit(tmp_path / "low_noise_model" / "dit.safetensors", 2, config)
+    assert pipeline(high, low).parts.boundary == boundary
+    assert pipeline(low, high).parts.boundary == boundary
+
+
+def test_diffusers_tells_the_boundary_in_its_index(tmp_path: Path) -> None:
+    folders = ("transformer_2", "transformer")
+    files = [write_toy_dit(tmp_path / f / "model.safetensors", seed) for seed, f in enumerate(folders)]
+    (tmp_path / "model_index.json").write_text('{"boundary_ratio": 0.85, "transformer_2": ["a", "b"]}')
+    pipe = pipeline(*files)
+    assert pipe.parts.boundary == 0.85 and pipe.parts.sources["dit"] == str(files[1])
+
+
+def test_a_boundary_that_is_no_share_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="boundary is 875"):
+        pipeline(write_toy_dit(tmp_path / "dit.safetensors", boundary=875))
 
 
 def test_two_experts_of_one_role_are_no_pair(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from diffsynth.denoising.expert import Experts
 from diffsynth.errors import ArgumentError
+from diffsynth.pipelines.experts import step_counts
 from diffsynth.pipelines.noise import prepared_sampler
 from diffsynth.pipelines.presets import PRESETS
 from diffsynth.pipelines.request import read_request
@@ -57,8 +58,23 @@ def test_what_is_given_beside_a_preset_wins_and_is_logged(
 
 
 def test_an_unknown_preset_lists_those_there_are(toy_pipe: WanVideoPipeline) -> None:
-    with pytest.raises(ArgumentError, match="known: lightx2v-4step"):
+    with pytest.raises(ArgumentError, match=r"known: lightx2v-4step, wan2\.2-lightning-4step"):
         toy_pipe("a", preset="lightning")
+
+
+def test_the_pair_preset_shares_its_steps_as_it_says(
+    toy_pipe: WanVideoPipeline, two_experts: WanVideoPipeline
+) -> None:
+    for name, preset in PRESETS.items():
+        if preset.num_high_steps is None:
+            continue
+        request = read_request({"prompt": "a", "preset": name}, two_experts.parts, "official")
+        sampler = prepared_sampler(request)
+        counts = step_counts(two_experts.parts, request.options, sampler)
+        assert counts == (preset.num_inference_steps, preset.num_high_steps)
+        assert preset.lora_alpha is not None and set(preset.lora_alpha) == {"high", "low"}
+        assert (request.cfg_scale, request.cfg_scale_low_noise) == (1.0, 1.0)
+        assert step_counts(toy_pipe.parts, request.options, sampler) == (preset.num_inference_steps, None)
 
 
 def test_every_preset_names_its_source() -> None:

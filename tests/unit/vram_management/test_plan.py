@@ -1,69 +1,29 @@
-"""The plan's arithmetic by hand, its choices one by one, and its constants held equal to the code's."""
+"""The plan's arithmetic by hand, its limits on the host, its errors; its constants are those of the code."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
-from diffsynth.checkpoints.dit_sizes import dit_config
-from diffsynth.checkpoints.hints import Hints
 from diffsynth.errors import ArgumentError, MemoryBudgetError
 from diffsynth.vram_management import activations, layers
-from diffsynth.vram_management.plan import (
-    DiTSizes,
-    LayerSpec,
-    MemoryPlan,
-    Rates,
-    layers_of_module,
-    layers_of_shapes,
-    plan_memory,
-    spread,
+from diffsynth.vram_management.plan import Rates, layers_of_module, layers_of_shapes, plan_memory, spread
+from tests.unit.vram_management.plans import (
+    GIB,
+    LARGE,
+    PICTURE,
+    SMALL,
+    TOY,
+    dit_14b,
+    phase,
+    pipeline_14b,
+    plan,
+    toy_layers,
+    weights,
 )
-from tests.unit.checkpoints.weights import manifests
-
-GIB = 2**30
-SMALL = {"height": 480, "width": 832, "num_frames": 81}
-LARGE = {"height": 720, "width": 1280, "num_frames": 81}
-PICTURE = {"height": 480, "width": 832, "num_frames": 1}  # few tokens: copies take longer than compute
-H100 = Rates(tflops=650)
-
-
-@cache
-def weights(network: str, model: str, dtype: str = "BF16") -> tuple[LayerSpec, ...]:
-    shapes = manifests()[model]
-    return tuple(layers_of_shapes(network, shapes, dict.fromkeys(shapes, "BF16"), stored_dtype=dtype))
-
-
-@cache
-def dit_sizes(model: str = "wan2.1_t2v_14b") -> DiTSizes:
-    return DiTSizes.from_config(dit_config(manifests()[model], Hints()))
-
-
-@cache
-def dit_14b(dtype: str = "BF16") -> tuple[LayerSpec, ...]:
-    return weights("dit", "wan2.1_t2v_14b", dtype)
-
-
-def pipeline_14b(dtype: str = "BF16") -> tuple[LayerSpec, ...]:
-    return (
-        *dit_14b(dtype),
-        *weights("text_encoder", "umt5_xxl_enc_bf16", dtype),
-        *weights("vae", "wan2.1_vae", dtype),
-    )
-
-
-def plan(tensors: Sequence[LayerSpec], **request: Any) -> MemoryPlan:
-    return plan_memory(tensors, **{"dit": dit_sizes(), **SMALL, **request})
-
-
-def phase(plan: MemoryPlan, name: str) -> Any:
-    return next(phase for phase in plan.phases if phase.name == name)
-
 
 # the arithmetic
 
@@ -85,23 +45,6 @@ def test_no_gap_between_resident_blocks_is_much_wider_than_another(num_blocks: i
         assert len(set(chosen)) == count and set(chosen) <= set(range(num_blocks))
         gaps = {after - before for before, after in pairwise(chosen)}
         assert not gaps or max(gaps) - min(gaps) <= 1
-
-
-def toy_layers() -> list[LayerSpec]:
-    """Three blocks of 1000 elements in 2000 bytes, 256 of which make keys, and 50 elements outside."""
-    return [
-        LayerSpec(network="dit", name="head.weight", num_parameters=50, dtype="F32", is_matrix=False),
-        *(
-            LayerSpec(
-                network="dit", name=f"blocks.{i}.{name}", num_parameters=n, dtype="BF16", is_matrix=True
-            )
-            for i in range(3)
-            for name, n in (("ffn.0.weight", 872), ("cross_attn.k.weight", 128))
-        ),
-    ]
-
-
-TOY = DiTSizes(dim=8, ffn_dim=16, num_layers=3, num_heads=2, in_dim=16, out_dim=16)
 
 
 def test_sizes_are_added_up() -> None:
@@ -205,129 +148,6 @@ def test_a_header_tells_what_the_module_becomes(dtype: torch.dtype) -> None:
         (t.name, t.num_parameters, t.dtype, t.is_matrix) for t in layers_of_module("dit", module)
     }
     assert all(not t.is_mapped for t in told), "what was converted cannot stay in the file"
-
-
-# the choices
-
-
-def test_without_limits_everything_stays() -> None:
-    found = plan(pipeline_14b())
-    assert {network.where for network in found.networks.values()} == {"resident"}
-    assert (found.verdict, found.copy_s, found.tiled_vae) == ("resident", 0.0, False)
-    assert found.peak_bytes > sum(network.weight_bytes for network in found.networks.values())
-
-
-def test_where_compute_hides_the_copies_the_plan_is_lean() -> None:
-    found = plan(dit_14b(), vram_limit_gib=12)
-    assert found.verdict == "compute-bound" and found.networks["dit"].num_slots == 2
-    assert not found.interleaves_branches and not found.keeps_keys and found.ffn_chunk_tokens is None
-
-
-def test_where_copies_are_waited_for_they_are_halved_and_keys_kept() -> None:
-    lean = plan(dit_14b(), num_persistent_param_in_dit=0, rates=Rates(tflops=1e6, copy_gbs=25), **PICTURE)
-    assert lean.interleaves_branches and lean.keeps_keys and lean.verdict == "copy-bound"
-    plain = 2 * lean.networks["dit"].num_blocks * 702.8e6 / 25e9
-    assert lean.copy_s <= 0.45 * plain
-    alone = plan(dit_14b(), num_persistent_param_in_dit=0, rates=H100, num_branches=1, **PICTURE)
-    assert not alone.interleaves_branches, "there is nothing to interleave with"
-
-
-def test_what_does_not_fit_is_not_chosen() -> None:
-    def tight(extra: float) -> MemoryPlan:
-        return plan(dit_14b(), vram_limit_gib=minimum.minimum_gib + extra, rates=H100, **PICTURE)
-
-    with pytest.raises(MemoryBudgetError) as refused:
-        plan(dit_14b(), vram_limit_gib=0.5, rates=H100, **PICTURE)
-    minimum = refused.value
-    assert not tight(0.0).interleaves_branches and not tight(0.0).keeps_keys
-    assert tight(0.1).interleaves_branches, "one more stream of a picture is small"
-    assert not tight(0.1).keeps_keys, "839 MB of keys are not"
-    assert tight(1.0).keeps_keys
-
-
-def test_a_third_slot_comes_where_copies_and_compute_take_about_as_long() -> None:
-    lean = plan(dit_14b(), num_persistent_param_in_dit=0)
-    balanced = Rates(copy_gbs=25 * lean.copy_s / lean.compute_s)
-    assert lean.networks["dit"].num_slots == 2
-    assert plan(dit_14b(), num_persistent_param_in_dit=0, rates=balanced).networks["dit"].num_slots == 3
-    with pytest.raises(MemoryBudgetError) as refused:
-        plan(dit_14b(), vram_limit_gib=1, rates=balanced)
-    held = plan(dit_14b(), vram_limit_gib=refused.value.minimum_gib, rates=balanced)
-    assert held.networks["dit"].num_slots == 2, "there is no room for a third"
-
-
-def test_more_room_keeps_more_blocks_and_never_takes_longer() -> None:
-    plans = [plan(pipeline_14b(), vram_limit_gib=gib) for gib in (5, 8, 12, 16, 24, 32, 48)]
-    counts = [
-        len(found.networks["dit"].resident_blocks) if found.verdict != "resident" else 40 for found in plans
-    ]
-    assert counts == sorted(counts) and counts[0] < counts[2] < counts[-1] == 40
-    times = [found.copy_s for found in plans]
-    assert times == sorted(times, reverse=True)
-    for gib, found in zip((8, 12, 16, 24), plans[1:5], strict=True):
-        assert 0.9 * gib * GIB < found.peak_bytes + found.reserve_bytes <= gib * GIB
-
-
-def test_the_last_blocks_stay_together_or_not_at_all() -> None:
-    for gib in (20, 24, 26, 27, 28, 29, 30, 31):
-        network = plan(dit_14b(), vram_limit_gib=gib).networks["dit"]
-        if network.where == "streamed":
-            assert network.num_blocks - len(network.resident_blocks) > network.num_slots
-
-
-@pytest.mark.parametrize(("wished", "count"), [(0, 0), (7_000_000_000, 19), (14_288_491_584, 40)])
-def test_a_number_of_parameters_keeps_its_share_of_blocks(wished: int, count: int) -> None:
-    found = plan(pipeline_14b(), num_persistent_param_in_dit=wished)
-    network = found.networks["dit"]
-    if count == 40:
-        assert network.where == "visits" and found.verdict == "resident"
-    else:
-        assert network.resident_blocks == spread(40, count)
-    assert found.networks["text_encoder"].where == ("visits" if count else "streamed")
-    assert found.peak_bytes == phase(found, "dit").peak_bytes or found.peak_bytes < 4.5e9
-
-
-def test_two_experts_have_a_phase_each() -> None:
-    both = (*dit_14b(), *weights("dit_low_noise", "wan2.1_t2v_14b"))
-    one, two = plan(dit_14b(), vram_limit_gib=24), plan(both, vram_limit_gib=24)
-    assert [p.name for p in two.phases] == ["dit", "dit_low_noise"]
-    assert two.networks["dit_low_noise"].resident_blocks == one.networks["dit"].resident_blocks
-    large = plan(both, vram_limit_gib=40)
-    assert {network.where for network in large.networks.values()} == {"visits"}
-    assert {network.where for network in plan(both, vram_limit_gib=80).networks.values()} == {"resident"}
-
-
-def test_adapters_are_in_the_phase_of_their_dit() -> None:
-    shapes = manifests()["wan2.1_vace_14b_module_only"]
-    vace = layers_of_shapes("vace", shapes, dict.fromkeys(shapes, "BF16"))
-    bare, found = plan(dit_14b(), vram_limit_gib=24), plan([*dit_14b(), *vace], vram_limit_gib=24)
-    assert phase(found, "dit").networks == ("dit", "vace") and found.networks["vace"].num_blocks == 8
-    stream = 32760 * 5120 * 2
-    hints = phase(found, "dit").activation_bytes - phase(bare, "dit").activation_bytes
-    assert hints == stream, "VACE has a stream of its own; each hint is added at once"
-    assert len(found.networks["dit"].resident_blocks) < len(bare.networks["dit"].resident_blocks)
-
-
-def test_a_dit_stays_where_streaming_the_text_encoder_makes_room() -> None:
-    found = plan(pipeline_14b(), vram_limit_gib=36)
-    assert found.networks["dit"].where == "resident" and found.networks["text_encoder"].where == "streamed"
-
-
-def test_tiles_where_the_whole_picture_does_not_fit() -> None:
-    assert not plan(pipeline_14b(), vram_limit_gib=12, **LARGE).tiled_vae
-    found = plan(pipeline_14b(), vram_limit_gib=8, **LARGE)
-    assert found.tiled_vae and phase(found, "vae").peak_bytes < 3e9
-    assert any("tiles" in note for note in found.notes)
-
-
-def test_fp8_halves_what_travels_and_needs_no_larger_device() -> None:
-    wide, narrow = (plan(dit_14b(dtype), num_persistent_param_in_dit=0) for dtype in ("BF16", "F8_E4M3"))
-    # the first and the last block stay wide
-    share = narrow.networks["dit"].streamed_bytes / wide.networks["dit"].streamed_bytes
-    assert share == pytest.approx((38 / 2 + 2) / 40, rel=0.01)
-    assert phase(narrow, "dit").slot_bytes == phase(wide, "dit").slot_bytes
-    widened = phase(narrow, "dit").activation_bytes - phase(wide, "dit").activation_bytes
-    assert widened == 5120 * 13824 * 2, "one matrix, just before its use"
 
 
 # the host

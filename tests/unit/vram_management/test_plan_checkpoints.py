@@ -77,7 +77,7 @@ def test_every_checkpoint_has_a_plan_within_its_budget_or_a_clear_refusal(tmp_pa
 
 
 def test_a_14b_model_fits_8_gib_at_both_sizes() -> None:
-    from tests.unit.vram_management.test_plan import LARGE, SMALL, pipeline_14b, plan
+    from tests.unit.vram_management.plans import LARGE, SMALL, pipeline_14b, plan
 
     for size in (SMALL, LARGE):
         found = plan(pipeline_14b(), vram_limit_gib=8, **size)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.timeline import GivenTimes
 from diffsynth.errors import ArgumentError, MovedModelError
 from diffsynth.vram_management.copiers import FlatSource, Mark, Source, ThreadCopier, Transfer
 from diffsynth.vram_management.flat import ALIGNMENT, FlatLayout
@@ -187,59 +187,16 @@ def test_another_choice_of_resident_blocks_keeps_the_buffers(blocks: nn.ModuleLi
     stream.close()
 
 
-@dataclass
-class VirtualClock:
-    """A copy engine and a compute whose times are given, not measured: seconds."""
-
-    copy_s: float
-    compute_s: float
-    compute_at: float = 0.0
-    copy_at: float = 0.0
-    order: list[str] = field(default_factory=list)
-
-    def mark(self) -> Mark:
-        passed = self.compute_at
-
-        def wait() -> None:
-            self.copy_at = max(self.copy_at, passed)
-
-        return wait
-
-    def fetch(self, target: Tensor, source: Source, start: int, stop: int, free: Mark) -> Transfer:
-        free()
-        self.copy_at += self.copy_s
-        source.read_into(target, start, stop)
-        return _Arrival(self, self.copy_at)
-
-    def close(self) -> None:
-        pass
-
-    def computed(self, visit: Callable[[], Iterator[nn.Module]]) -> float:
-        """When the compute of one pass has ended."""
-        for _ in visit():
-            self.compute_at += self.compute_s
-        return self.compute_at
-
-
-@dataclass
-class _Arrival:
-    clock: VirtualClock
-    at: float
-
-    def wait(self) -> None:
-        self.clock.compute_at = max(self.clock.compute_at, self.at)
-
-
 @pytest.mark.parametrize("num_slots", [2, 3])
 @pytest.mark.parametrize(("copy_s", "compute_s"), [(1.0, 3.0), (1.0, 1.0), (3.0, 1.0)])
 def test_copies_hide_behind_the_compute(
     blocks: nn.ModuleList, copy_s: float, compute_s: float, num_slots: int
 ) -> None:
-    clock = VirtualClock(copy_s=copy_s, compute_s=compute_s)
+    clock = GivenTimes(copy_s=copy_s, compute_s=compute_s)
     stream = BlockStream(blocks, device=CPU, num_slots=num_slots, host="pageable", copier=clock)
     passes = 10
     for _ in range(passes):
-        clock.computed(lambda: stream(blocks))
+        clock.compute(stream(blocks))
     longest = passes * NUM_BLOCKS * max(copy_s, compute_s)
     assert clock.compute_at <= 1.05 * longest + copy_s
     assert clock.compute_at >= passes * NUM_BLOCKS * compute_s

@@ -23,7 +23,7 @@ from diffsynth.models.wan.adapters.adapter import DiTAdapter
 from diffsynth.models.wan.blocks import BlockSizes, CrossKeys, DiTBlock
 from diffsynth.ops.fp8_policy import Fp8Policy
 from diffsynth.ops.fused import add, spans_of
-from diffsynth.vram_management.visit import Visit, in_order
+from diffsynth.vram_management.visit import RunBlock, Visit, at_once, in_order
 
 if TYPE_CHECKING:
     from diffsynth.models.wan.dit_config import DiTConfig
@@ -90,6 +90,7 @@ class _Walk:
         blocks = self.adapter.blocks
         if self._blocks is None:
             has_keys = all(len(side.keys) == len(blocks) for side in self.sides)
+            has_keys = has_keys and not torch.is_grad_enabled()
             self._blocks = iter(self.adapter.visit(blocks, has_keys=has_keys))
         while self._turn < turn:
             self._block = next(self._blocks)
@@ -101,8 +102,8 @@ class _Walk:
 class VaceAdapter(DiTAdapter):
     """Hints of a video, a mask and reference pictures; see `VaceCondition`.
 
-    Set from outside: ``visit``, how blocks come in for their turn; ``keeps_keys``, whether the keys of
-    cross-attention stay from one step to the next.
+    Set from outside: ``visit``, how blocks come in for their turn; ``run_block``, how a block runs in
+    training; ``keeps_keys``, whether the keys of cross-attention stay from one step to the next.
     """
 
     name = "vace"
@@ -122,6 +123,7 @@ class VaceAdapter(DiTAdapter):
             VaceBlock(sizes, is_first=i == 0) for i in range(config.num_vace_blocks)
         )
         self.visit: Visit = in_order
+        self.run_block: RunBlock = at_once
         self.keeps_keys = True
         self._turns = _turns(config.vace_layers or (), config.num_vace_blocks)
         self._walk: ReferenceType[_Walk] | None = None
@@ -202,13 +204,19 @@ class VaceAdapter(DiTAdapter):
             return x
         assert isinstance(state, _Side)
         block = state.walk.block(turn)
-        if turn == 0:
-            state.x = add(state.x, block.before_proj(self._embed(state.context)))
-        state.x = block(state.x, state.rotary, self._keys_of(state, turn, block), state.call)
-        hint = block.after_proj(state.x)
+
+        def work(tokens: Tensor) -> Tensor:
+            if turn == 0:
+                tokens = add(tokens, block.before_proj(self._embed(state.context)))
+            out: Tensor = block(tokens, state.rotary, self._keys_of(state, turn, block), state.call)
+            return out
+
         if not torch.is_grad_enabled():
-            x[:, state.video].add_(hint, alpha=state.scale)
+            state.x = work(state.x)
+            x[:, state.video].add_(block.after_proj(state.x), alpha=state.scale)
             return x
+        state.x = self.run_block(block, work, state.x)
+        hint = self.run_block(block, block.after_proj, state.x)  # its weight travels with the block's
         whole = torch.zeros_like(x)
         whole[:, state.video] = hint
         return torch.add(x, whole, alpha=state.scale)
@@ -233,10 +241,11 @@ class VaceAdapter(DiTAdapter):
         return F.linear(patches, weight.flatten(1), self.vace_patch_embedding.bias)
 
     def _keys_of(self, side: _Side, turn: int, block: VaceBlock) -> CrossKeys:
-        if turn in side.keys:
+        trains = torch.is_grad_enabled()
+        if turn in side.keys and not trains:
             return side.keys[turn]
         keys = block.cross_attn.keys(side.call.text, None)
-        if self.keeps_keys and not torch.is_grad_enabled():
+        if self.keeps_keys and not trains:
             side.keys[turn] = keys
         return keys
 

@@ -1,0 +1,107 @@
+"""``diffsynth generate --preview``: the same command small and fast, with several seeds, to choose from.
+
+What a full run would have had stays in each file, so that `diffsynth refine` knows it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffsynth.cli.output import is_picture
+from diffsynth.video import VideoData, load_image, save_image
+from diffsynth.video.strips import strips
+
+if TYPE_CHECKING:
+    from diffsynth.pipelines.components import PipelineComponents
+    from diffsynth.video import Frame
+
+logger = logging.getLogger("diffsynth")
+
+NUM_SEEDS = 4  # where --num-videos-per-prompt does not say
+SHARE = 0.5  # of each side: a preview has a quarter of the pixels
+SHORT_SIDE = 240  # pixels that the shorter side keeps, if it has them: smaller, models draw other things
+STEP_PARTS = 4  # of the steps, but not fewer than
+FEW_STEPS = 8  # unless the run itself has fewer
+MOMENTS = 4  # of each video on the sheet
+SHEET_WIDTH = 1680  # pixels
+KEY = "preview_of"  # in the settings of a preview: size and steps of the full run
+
+
+def sheet_beside(out: Path) -> Path:
+    """``video.mp4`` -> ``video-sheet.png``."""
+    return out.with_name(f"{out.stem}-sheet.png")
+
+
+def smaller(arguments: Mapping[str, Any], parts: PipelineComponents) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments of a preview, and what the full run has in their place.
+
+    Args:
+        arguments: of `pipe()`, for the full run.
+        parts: of the pipeline; tell what the model does where the arguments do not.
+    """
+    from diffsynth.pipelines.presets import preset_values
+    from diffsynth.pipelines.request import usual_values
+
+    usual = {**usual_values(parts), **preset_values(arguments)}
+    full: dict[str, Any] = {
+        name: arguments.get(name, usual.get(name)) for name in ("height", "width", "num_inference_steps")
+    }
+    small = dict(full)
+    grid = _grid(parts)
+    share = share_of(min(full["height"], full["width"]))
+    for side in ("height", "width"):
+        small[side] = max(1, round(full[side] * share / grid)) * grid
+    small["num_inference_steps"] = few_steps(full["num_inference_steps"])
+    if arguments.get("max_area") is not None:
+        for side in ("height", "width"):
+            del full[side], small[side]
+        full["max_area"] = arguments["max_area"]
+        small["max_area"] = int(arguments["max_area"] * share_of(math.isqrt(arguments["max_area"])) ** 2)
+    told = [", ".join(f"{name} {value}" for name, value in each.items()) for each in (small, full)]
+    logger.info("Preview: %s; the full run has %s.", *told)
+    return {**arguments, **small}, full
+
+
+def share_of(short_side: int) -> float:
+    """What a preview has of each side, where the shorter one has so many pixels."""
+    return min(1.0, max(SHARE, SHORT_SIDE / short_side))
+
+
+def few_steps(steps: int) -> int:
+    """A quarter of the steps; all of a run that has few."""
+    return max(min(steps, FEW_STEPS), -(-steps // STEP_PARTS))
+
+
+def save_sheet(paths: Sequence[Path], settings: Sequence[Mapping[str, object]], target: Path) -> str:
+    """Write the contact sheet of previews, and return a line that tells what was made.
+
+    Args:
+        paths: of the previews, as they were written.
+        settings: of each.
+        target: .png.
+    """
+    labels = [f"{path.name}   seed {each.get('seed')}" for path, each in zip(paths, settings, strict=True)]
+    sheet = strips([_moments(path) for path in paths], labels, width=SHEET_WIDTH)
+    save_image(sheet, target, metadata={**settings[0], "sheet_of": [path.name for path in paths]})
+    return (
+        f"{target}: {len(paths)} previews; go on with: diffsynth refine --from {shlex.quote(str(paths[0]))}"
+    )
+
+
+def _moments(path: Path) -> list[Frame]:
+    if is_picture(path):
+        return [load_image(path)]
+    video = VideoData(path)
+    last = len(video) - 1
+    return [video[round(last * moment / (MOMENTS - 1))] for moment in range(MOMENTS)]
+
+
+def _grid(parts: PipelineComponents) -> int:
+    """What height and width in pixels are multiples of."""
+    stride = 8 if parts.vae is None else parts.vae.spatial_stride
+    return stride * (2 if parts.high is None else parts.high.dit.config.patch_size[1])

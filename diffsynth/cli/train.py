@@ -1,0 +1,80 @@
+"""``diffsynth train``: a YAML file, flags laid over it, and a run. Its help is made of the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from diffsynth.cli.output import log_to_stderr
+from diffsynth.errors import MissingPackageError
+
+if TYPE_CHECKING:
+    from diffsynth.training.config import TrainConfig
+
+USAGE = """Usage: diffsynth train [CONFIG.yaml] [--key.sub VALUE ...] [--quiet] [--debug]
+
+Train a LoRA, or everything, on your videos and pictures: clips are encoded once (run.task data_process),
+then trained on (train), or both in one go. What a flag names replaces what the file says. The last part
+of a key is enough where only one section has it: --steps 500. data.0 is the first dataset.
+
+For example: diffsynth train train/recipes/tiny.yaml --steps 500 --resume latest
+"""
+
+
+def run_train(arguments: Sequence[str]) -> None:
+    """Run what the command line says.
+
+    Args:
+        arguments: behind ``train``, as typed.
+
+    Raises:
+        MissingPackageError: without Lightning.
+        DiffSynthError: see `training.run.train`.
+    """
+    given = [one for one in arguments if one not in ("--quiet", "-q")]
+    if not given or "--help" in given or "-h" in given:
+        typer.echo(_help())
+        return
+    path = None if given[0].startswith("--") else given[0]
+    flags = given if path is None else given[1:]
+    with log_to_stderr(len(given) < len(arguments)):
+        typer.echo(str(_train(_config(path, flags))))
+
+
+def _help() -> str:
+    with _needing_lightning():
+        from diffsynth.training.config import TrainConfig
+        from diffsynth.training.config_table import help_text
+
+    return f"{USAGE}\nKeys [default]:\n{help_text(TrainConfig)}"
+
+
+def _config(path: str | None, flags: Sequence[str]) -> TrainConfig:
+    with _needing_lightning():
+        from diffsynth.training.config import TrainConfig
+        from diffsynth.training.config_files import load_config
+
+    return load_config(TrainConfig, path, flags)
+
+
+def _train(config: TrainConfig) -> object:
+    with _needing_lightning():
+        from diffsynth.training.run import train
+
+    return train(config)
+
+
+@contextmanager
+def _needing_lightning() -> Iterator[None]:
+    """Tell a missing package of the extra "train" in one line."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("lightning", "yaml"):
+            raise
+        raise MissingPackageError(
+            str(error.name), "diffsynth train", "pip install 'diffsynth[train]'"
+        ) from error

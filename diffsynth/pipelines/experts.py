@@ -1,0 +1,74 @@
+"""Two experts of one pipeline: how they share the steps, and how they change places."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from diffsynth.denoising.expert import Expert
+from diffsynth.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from diffsynth.pipelines.components import PipelineComponents
+    from diffsynth.pipelines.memory import MemoryManager
+    from diffsynth.pipelines.request import CallOptions
+    from diffsynth.sampling.sampler import Sampler
+
+
+def boundary_of(parts: PipelineComponents, options: CallOptions) -> float:
+    """Share of 1000 below which the low-noise expert answers: the caller's, else the model's."""
+    return parts.boundary if options.switch_DiT_boundary is None else options.switch_DiT_boundary
+
+
+def step_counts(parts: PipelineComponents, options: CallOptions, sampler: Sampler) -> tuple[int, int | None]:
+    """Steps of the whole generation, and those of the high-noise expert; None: there is one DiT."""
+    if parts.low is None:
+        return len(sampler.timesteps), None
+    boundary = 1000 * boundary_of(parts, options)
+    return len(sampler.timesteps), int((sampler.timesteps.double() >= boundary).sum())
+
+
+class ExpertMethods:
+    """What a pipeline can do with its two experts."""
+
+    parts: PipelineComponents
+    _memory: MemoryManager
+
+    if TYPE_CHECKING:
+
+        def _resting(self) -> AbstractContextManager[None]: ...
+
+    def swap_experts(self) -> None:
+        """Let the low-noise expert answer at high noise and the other way round.
+
+        For files whose names do not tell which is which, when the order in which they were loaded was wrong.
+
+        Raises:
+            ArgumentError: with one DiT only, or while LoRAs are loaded, which belong to an expert.
+        """
+        parts = self.parts
+        if parts.high is None or parts.low is None:
+            raise ArgumentError("swap_experts() exchanges two experts, and this pipeline has not two.")
+        if parts.loras.names:
+            raise ArgumentError(
+                f"swap_experts() with LoRAs loaded ({', '.join(parts.loras.names)}), which belong to an "
+                "expert: call unload_lora(), swap, and load them again."
+            )
+        with self._resting():
+            parts.high, parts.low = _in_place_of(parts.high, parts.low), _in_place_of(parts.low, parts.high)
+            parts.loras.swap_roles()
+            sources = parts.sources
+            sources["dit"], sources["dit_low_noise"] = sources["dit_low_noise"], sources["dit"]
+            self._memory.find_networks()
+
+
+def _in_place_of(left: Expert, comes: Expert) -> Expert:
+    """An expert under the names of another: they say when a network comes to the device."""
+    names = dict(zip(_kinds(left), left.networks, strict=True))
+    return replace(comes, networks=tuple(names[kind] for kind in _kinds(comes)))
+
+
+def _kinds(expert: Expert) -> tuple[str, ...]:
+    return ("dit", *(adapter.name for adapter in expert.adapters))

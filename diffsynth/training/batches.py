@@ -1,0 +1,207 @@
+"""Which samples a step sees: a function of (seed, step), so that a run may stop and go on anywhere.
+
+A step's samples all come from one bucket (one shape of latents), and there are
+``batch_size x accumulate x ranks`` of them. An epoch visits every sample as often as its repeats say; which
+samples a fraction falls to changes from epoch to epoch. The last step of a bucket is filled up by repeating
+some of its samples; nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+from typing import Protocol
+
+import torch
+from torch.utils.data import Sampler
+
+from diffsynth.errors import ArgumentError
+
+
+class Samples(Protocol):
+    """What the batches need to know of the cached samples; no tensor is read for it."""
+
+    def __len__(self) -> int: ...
+
+    def bucket(self, index: int) -> Hashable:
+        """Samples of one bucket can stand in one batch."""
+
+    def sample_id(self, index: int) -> str:
+        """Stays the same wherever and in whatever order the samples lie."""
+
+    def repeats(self, index: int) -> float:
+        """How often the sample is seen per epoch."""
+
+    def weight(self, index: int) -> float:
+        """Of its loss."""
+
+    def caption_dropout(self, index: int) -> float:
+        """Share of the steps in which it goes without its caption."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pick:
+    """One sample at one step."""
+
+    index: int  # in the dataset
+    sample_id: str
+    step: int
+    draw_id: str  # seeds noise and sigma: the sample's id, with a number where a step holds it again
+    drops_caption: bool
+    weight: float = 1.0  # of its loss
+
+
+def chance(*parts: object) -> float:
+    """A number in [0, 1) that depends on ``parts`` alone."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:7], "big") / 2**56
+
+
+class Batches:
+    """See this module's legend.
+
+    Args:
+        samples: those that are trained on.
+        size: samples of a step, over all ranks and accumulated passes.
+        seed: of the order.
+        indices: which of ``samples`` take part; None: all.
+
+    Raises:
+        ArgumentError: when there are none, or repeats are no positive number.
+    """
+
+    def __init__(
+        self, samples: Samples, *, size: int, seed: int, indices: Sequence[int] | None = None
+    ) -> None:
+        chosen = range(len(samples)) if indices is None else indices
+        if not chosen:
+            raise ArgumentError("There is no sample to train on; look at `diffsynth dataset check`.")
+        self.samples, self.size, self.seed = samples, size, seed
+        by_bucket: dict[Hashable, list[int]] = {}
+        for index in sorted(chosen, key=samples.sample_id):
+            by_bucket.setdefault(samples.bucket(index), []).append(index)
+        self._buckets = [by_bucket[key] for key in sorted(by_bucket, key=str)]
+        self._names = sorted(map(str, by_bucket))
+        self._slots = [_num_slots(samples, bucket) for bucket in self._buckets]
+        self._steps = [ceil(slots / size) for slots in self._slots]
+        # One entry per epoch is enough; workers and the training loop may stand at two.
+        self._order = lru_cache(maxsize=2)(self._order_of_epoch)
+        self._picked = lru_cache(maxsize=2 * len(self._buckets))(self._slots_of_epoch)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every sample is seen as often as its repeats say."""
+        return sum(self._steps)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch that a step belongs to."""
+        return step // self.steps_per_epoch
+
+    @property
+    def notes(self) -> list[str]:
+        """A line for each bucket whose last step is filled up by repeating samples."""
+        return [
+            f"bucket {name}: {slots} samples per epoch, filled up to {steps * self.size} "
+            f"({steps} steps of {self.size}) by repeating some"
+            for name, slots, steps in zip(self._names, self._slots, self._steps, strict=True)
+            if steps * self.size != slots
+        ]
+
+    def at(self, step: int) -> tuple[Pick, ...]:
+        """The samples of a step, in an order that does not depend on the number of ranks."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        bucket, number = self._order(epoch)[place]
+        slots = self._picked(epoch, bucket)
+        seen: dict[int, int] = {}
+        picks = []
+        for index in slots[number * self.size : (number + 1) * self.size]:
+            seen[index] = seen.get(index, 0) + 1
+            name = self.samples.sample_id(index)
+            draw = name if seen[index] == 1 else f"{name}#{seen[index]}"
+            drops = chance(self.seed, step, draw, "caption") < self.samples.caption_dropout(index)
+            picks.append(
+                Pick(
+                    index=index, sample_id=name, step=step, draw_id=draw, drops_caption=drops,
+                    weight=self.samples.weight(index),
+                )
+            )  # fmt: skip
+        return tuple(picks)
+
+    def _order_of_epoch(self, epoch: int) -> list[tuple[int, int]]:
+        steps = [(bucket, number) for bucket, count in enumerate(self._steps) for number in range(count)]
+        return [steps[i] for i in _shuffle(len(steps), self.seed, epoch, "steps")]
+
+    def _slots_of_epoch(self, epoch: int, bucket: int) -> list[int]:
+        """Sample indices of a bucket in an epoch, shuffled and filled up to whole steps."""
+        members, count = self._buckets[bucket], self._slots[bucket]
+        repeats = [self.samples.repeats(index) for index in members]
+        # Systematic sampling: each sample gets the whole part of its repeats, and one more by turns.
+        stride, offset = sum(repeats) / count, chance(self.seed, epoch, bucket, "repeats")
+        ends, slots, reached = 0.0, list[int](), 0
+        for index, times in zip(members, repeats, strict=True):
+            ends += times
+            upto = min(count, ceil(ends / stride - offset - 1e-9))
+            slots += [index] * (upto - reached)
+            reached = max(reached, upto)
+        slots += [members[-1]] * (count - len(slots))
+        slots = [slots[i] for i in _shuffle(count, self.seed, epoch, f"bucket {bucket}")]
+        total = self._steps[bucket] * self.size
+        return (slots * ceil(total / count))[:total]
+
+
+class StepSampler(Sampler[list[Pick]]):
+    """One list of samples per pass of one rank, from a step to another.
+
+    Args:
+        batches: say what a step sees.
+        start: the first step.
+        stop: the step after the last.
+        batch_size: samples of one pass of one rank.
+        accumulate: passes of a step.
+        rank: of this process.
+        world: number of processes.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        *,
+        start: int,
+        stop: int,
+        batch_size: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        assert batches.size == batch_size * accumulate * world
+        self._batches, self._start, self._stop = batches, start, stop
+        self._batch_size, self._accumulate, self._rank, self._world = batch_size, accumulate, rank, world
+
+    def __len__(self) -> int:
+        return max(0, self._stop - self._start) * self._accumulate
+
+    def __iter__(self) -> Iterator[list[Pick]]:
+        for step in range(self._start, self._stop):
+            picks = self._batches.at(step)
+            for number in range(self._accumulate):
+                first = (number * self._world + self._rank) * self._batch_size
+                yield list(picks[first : first + self._batch_size])
+
+
+def _num_slots(samples: Samples, bucket: Sequence[int]) -> int:
+    for index in bucket:
+        if not samples.repeats(index) > 0:
+            raise ArgumentError(
+                f"{samples.sample_id(index)} has repeats {samples.repeats(index)}; give a number above 0, or "
+                "leave its dataset out."
+            )
+    return max(1, round(sum(samples.repeats(index) for index in bucket)))
+
+
+def _shuffle(count: int, *parts: object) -> list[int]:
+    generator = torch.Generator().manual_seed(int(chance(*parts) * 2**53))
+    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    return order

@@ -1,0 +1,343 @@
+"""Cached samples as training reads them: found, checked against each other and the DiT, loaded one by one.
+
+Only headers are read here, and no encoder is needed: samples say who made them. A mixture is refused, with
+the names of two files that do not belong together.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from diffsynth.errors import ArgumentError, MediaReadError
+from diffsynth.training.cache_facts import DiTFacts
+from diffsynth.training.cache_hashes import FileHashes
+from diffsynth.training.cache_keys import (
+    OF_CLIP,
+    SUFFIX,
+    cached_files,
+    common_facts,
+    differing,
+    facts_of_clip,
+    folder_of,
+)
+from diffsynth.training.dataset.clips import Clip, DatasetPlan
+from diffsynth.training.samples import EncodedSample, SampleHeader
+from diffsynth.training.v1_cache import V1_SUFFIX, header_v1, load_v1
+
+logger = logging.getLogger("diffsynth")
+
+HASH_WORKERS = 4
+MAX_NAMED = 3
+REMEDY = "make the cache anew (--task data_process)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedClip:
+    """One sample of a training run."""
+
+    header: SampleHeader
+    id: str  # unique within the run, the same in every run
+    dataset: str = ""
+    repeats: int = 1  # how often an epoch shows it
+    weight: float = 1.0  # of its loss
+    caption_dropout: float = 0.0  # share of steps without its caption
+
+
+class CachedDataset(Dataset[EncodedSample]):
+    """Samples by number. Made by `open_cache`."""
+
+    def __init__(self, clips: Sequence[CachedClip]) -> None:
+        self.clips = tuple(clips)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> EncodedSample:
+        clip = self.clips[index]
+        path = clip.header.path
+        sample = load_v1(path) if is_v1(path) else EncodedSample.load(path)
+        return replace(sample, meta={**sample.meta, "key": clip.id})
+
+    def bucket(self, index: int) -> tuple[int, int, int, str]:
+        """T, h, w and what else samples of one batch have in common."""
+        return self.clips[index].header.bucket
+
+    def sample_id(self, index: int) -> str:
+        """Stable and unique: what noise is drawn by."""
+        return self.clips[index].id
+
+    def repeats(self, index: int) -> int:
+        """How often an epoch shows the sample."""
+        return self.clips[index].repeats
+
+    def weight(self, index: int) -> float:
+        """Of its loss."""
+        return self.clips[index].weight
+
+    def caption_dropout(self, index: int) -> float:
+        """Share of steps at which it is shown without its caption."""
+        return self.clips[index].caption_dropout
+
+    def dataset(self, index: int) -> str:
+        """Name of the dataset that it came from."""
+        return self.clips[index].dataset
+
+
+def open_cache(
+    source: DatasetPlan | str | Path | Sequence[str | Path],
+    facts: DiTFacts | None = None,
+    *,
+    cache_dir: str | None = None,
+    strict: bool = False,
+    rank: int = 0,
+) -> CachedDataset:
+    """Find the cached samples of a dataset and check that they can be trained on together.
+
+    Args:
+        source: a plan; or cached files and folders of them, which are then taken as they are.
+        facts: of the DiT; None leaves out the check against it.
+        cache_dir: as in `CacheConfig`, with a plan.
+        strict: a clip of the plan without a sample is an error; otherwise it is named and left out.
+        rank: of this process.
+
+    Raises:
+        ArgumentError: when there is no sample, samples do not belong together or do not fit the DiT, or
+            caption dropout is asked of samples of v1.
+        CheckpointError: for a damaged sample.
+    """
+    if isinstance(source, DatasetPlan):
+        found = _of_plan(source, facts, cache_dir, strict, rank)
+    else:
+        found = [CachedClip(header=h, id=h.id) for h in _of_paths(source)]
+    if not found:
+        raise ArgumentError(f"No cached sample was found; {REMEDY.replace('anew', 'first')}.")
+    _check_agreement([clip.header for clip in found])
+    for clip in found:
+        if facts is not None and (fault := _misfit(clip.header, facts)):
+            raise ArgumentError(
+                f"{clip.header.path} does not fit the DiT: {fault}. Load the DiT that it was made for, or "
+                f"{REMEDY}."
+            )
+        if clip.caption_dropout and is_v1(clip.header.path):
+            raise ArgumentError(
+                f"caption_dropout is {clip.caption_dropout}, and {clip.header.path} was cached by DiffSynth "
+                f"v1, without the empty caption: set caption_dropout to 0, or {REMEDY}."
+            )
+    return CachedDataset(_with_unique_ids(found))
+
+
+def is_v1(path: Path) -> bool:
+    """Whether the name is one of v1's cache."""
+    return path.name.endswith(V1_SUFFIX)
+
+
+def _read_header(path: Path) -> SampleHeader:
+    return header_v1(path) if is_v1(path) else EncodedSample.header(path)
+
+
+def _of_paths(source: str | Path | Sequence[str | Path]) -> list[SampleHeader]:
+    """Headers of files, and of all cached files below folders, by name."""
+    headers = []
+    for given in [source] if isinstance(source, str | Path) else source:
+        path = Path(given).expanduser()
+        if not path.exists():
+            raise ArgumentError(f"{path} does not exist; give cached samples, or a folder of them.")
+        files = [path] if path.is_file() else [*path.rglob(f"*{SUFFIX}"), *path.rglob(f"*{V1_SUFFIX}")]
+        headers += [_read_header(file) for file in sorted(files) if not file.name.startswith(".part-")]
+    seen: dict[tuple[str, ...], SampleHeader] = {}
+    for header in headers:
+        if "file" not in header.meta:
+            continue
+        place = tuple(header.meta.get(name, "") for name in ("file", "inputs", "transform"))
+        other = seen.setdefault(place, header)
+        if other.id != header.id and common_facts(other.meta) == common_facts(header.meta):
+            raise ArgumentError(
+                f"{other.path} and {header.path} are one clip with two captions. Give the dataset, which "
+                "says the caption that holds, or remove the older one (data_process with remove_stale=True)."
+            )
+    return headers
+
+
+def _of_plan(
+    plan: DatasetPlan, facts: DiTFacts | None, cache_dir: str | None, strict: bool, rank: int
+) -> list[CachedClip]:
+    """The sample of each clip, all by the same encoders."""
+    hashes = FileHashes(None if cache_dir is None else Path(cache_dir).expanduser(), rank)
+    hashes.learn(dict.fromkeys(clip.item.media for clip in plan.clips), HASH_WORKERS, lambda _: None)
+    files = cached_files(folder_of(clip.item.media, cache_dir) for clip in plan.clips)
+    known: dict[Path, SampleHeader] = {}
+    made_by: dict[tuple[str, ...], dict[int, SampleHeader]] = {}
+    for index, clip in enumerate(plan.clips):
+        for header in _candidates(clip, files, hashes, known, cache_dir):
+            made_by.setdefault(common_facts(header.meta), {})[index] = header
+    hashes.save()
+    if facts is not None:
+        # Samples for another kind of DiT may lie beside these; they only count where nothing fits.
+        fits = {k: v for k, v in made_by.items() if any(not _misfit(h, facts) for h in v.values())}
+        made_by = fits or made_by
+    chosen = _one_maker(made_by, plan)
+    _tell_missing([clip for i, clip in enumerate(plan.clips) if i not in chosen], len(plan.clips), strict)
+    return [
+        CachedClip(
+            header=chosen[index], id=chosen[index].id, dataset=clip.dataset, repeats=clip.repeats,
+            weight=clip.weight, caption_dropout=clip.caption_dropout,
+        )
+        for index, clip in enumerate(plan.clips)
+        if index in chosen
+    ]  # fmt: skip
+
+
+def _candidates(
+    clip: Clip,
+    files: Mapping[tuple[Path, str], list[Path]],
+    hashes: FileHashes,
+    known: dict[Path, SampleHeader],
+    cache_dir: str | None,
+) -> list[SampleHeader]:
+    """Samples of exactly this clip, whoever made them; v1's only where there is no other."""
+    folder, media = folder_of(clip.item.media, cache_dir), clip.item.media
+    try:
+        wanted = facts_of_clip(clip, hashes)
+    except OSError:
+        return []
+    found = []
+    for path in files.get((folder, media.name), []):
+        if path not in known:
+            known[path] = _read_header(path)
+        if all(known[path].meta.get(name) == wanted[name] for name in OF_CLIP):
+            found.append(known[path])
+    old = folder / f"{media.name}{V1_SUFFIX}"
+    if not found and old.is_file():
+        header = header_v1(old)
+        if header.latent_shape[2] == (len(clip.indices) - 1) // 4 + 1:
+            found.append(header)
+    return found
+
+
+def _one_maker(
+    made_by: Mapping[tuple[str, ...], dict[int, SampleHeader]], plan: DatasetPlan
+) -> dict[int, SampleHeader]:
+    """The samples of one set of encoders that has every clip that any has; of several sets the newest."""
+    if not made_by:
+        return {}
+
+    def rank(samples: Mapping[int, SampleHeader]) -> tuple[int, float]:
+        return len(samples), max(header.path.stat().st_mtime for header in samples.values())
+
+    chosen = max(made_by.values(), key=rank)
+    for samples in made_by.values():
+        for index, header in samples.items():
+            if index not in chosen:
+                raise _mixture(next(iter(chosen.values())), header)
+    if len(made_by) > 1:
+        one = next(iter(chosen.values()))
+        logger.info(
+            "%d of %d clips have samples of several encoders or settings; the newest are used, like %s.",
+            sum(any(i in s for s in made_by.values() if s is not chosen) for i in chosen),
+            len(plan.clips), one.path.name,
+        )  # fmt: skip
+    return chosen
+
+
+def _tell_missing(missing: Sequence[Clip], num_clips: int, strict: bool) -> None:
+    if not missing:
+        return
+    names = ", ".join(clip.item.media.name for clip in missing[:MAX_NAMED])
+    text = (
+        f"{len(missing)} of {num_clips} clips have no cached sample of this caption, size and file: {names}"
+        f"{' ...' if len(missing) > MAX_NAMED else ''}. Run --task data_process, which says why a clip is "
+        "left out."
+    )
+    if strict:
+        raise MediaReadError(text)
+    logger.warning("%s They are not trained on.", text)
+
+
+def _check_agreement(headers: Sequence[SampleHeader]) -> None:
+    first = headers[0]
+    for header in headers[1:]:
+        if common_facts(header.meta) != common_facts(first.meta) or _channels(header) != _channels(first):
+            raise _mixture(first, header)
+
+
+def _mixture(first: SampleHeader, second: SampleHeader) -> ArgumentError:
+    differ = differing(first.meta, second.meta) or f"{_channels(first)} and {_channels(second)}"
+    return ArgumentError(
+        f"{first.path} and {second.path} were not made alike ({differ}) and cannot be trained on together; "
+        f"{REMEDY}, or give samples of one kind only."
+    )
+
+
+def _channels(header: SampleHeader) -> dict[str, object]:
+    """Channels of the latent, width of the text, channels of planes, shape of image tokens."""
+    shapes = header.shapes
+    planes = {
+        name.removeprefix("positive.planes."): shape[1]
+        for name, shape in shapes.items()
+        if name.startswith("positive.planes.")
+    }
+    image = shapes.get("positive.image")
+    return {
+        "latent channels": header.latent_shape[1],
+        "text width": shapes["positive.text"][-1] if "positive.text" in shapes else None,
+        "planes": planes,
+        "image tokens": None if image is None else tuple(image[1:]),
+    }
+
+
+def _misfit(header: SampleHeader, facts: DiTFacts) -> str:
+    """In words, why the DiT cannot be trained on a sample; "" where it can."""
+    has = _channels(header)
+    for name, expected in (("latent channels", facts.latent_channels), ("text width", facts.text_dim)):
+        if has[name] != expected:
+            return f"{name} are {has[name]}, the DiT reads {expected}"
+    rows, columns = header.latent_shape[3:]
+    if rows % facts.patch[0] or columns % facts.patch[1]:
+        return f"the latent is {rows} x {columns}, the DiT reads multiples of {facts.patch}"
+    return _misfit_of_planes(has, facts) or _misfit_of_image(has, facts) or _misfit_of_adapters(header, facts)
+
+
+def _misfit_of_planes(has: Mapping[str, object], facts: DiTFacts) -> str:
+    planes, wanted = has["planes"], dict(facts.planes)
+    assert isinstance(planes, dict)
+    shown = ", ".join(f"{name} ({count})" for name, count in planes.items()) or "none"
+    expected = ", ".join(f"{name} ({count})" for name, count in wanted.items()) or "none"
+    # Of a DiT that follows a control video the others may be empty: they are zeros then.
+    needed = {"control"} if "control" in wanted else set(wanted)
+    if not needed <= planes.keys() or any(wanted.get(name) != count for name, count in planes.items()):
+        return f"its planes are {shown}, the DiT reads {expected}"
+    return ""
+
+
+def _misfit_of_image(has: Mapping[str, object], facts: DiTFacts) -> str:
+    tokens = has["image tokens"]
+    if (tokens is None) != (facts.image_dim is None):
+        return "it holds features of an image encoder, the DiT reads none" if tokens else (
+            "it holds no features of an image encoder, which the DiT reads"
+        )  # fmt: skip
+    if isinstance(tokens, tuple) and tokens[1] != facts.image_dim:
+        return f"its image features are {tokens[1]} wide, the DiT reads {facts.image_dim}"
+    return ""
+
+
+def _misfit_of_adapters(header: SampleHeader, facts: DiTFacts) -> str:
+    positive = header.structure.get("positive")
+    inner = positive.get("fields", {}) if isinstance(positive, dict) else {}
+    unread = sorted(set(inner.get("adapters", {}).get("map", {})) - facts.adapters)
+    return f"it holds inputs of {', '.join(unread)}, which is not loaded beside the DiT" if unread else ""
+
+
+def _with_unique_ids(clips: Sequence[CachedClip]) -> list[CachedClip]:
+    """The second and later of equal samples (a file in two datasets) get a name of their own."""
+    seen: Counter[str] = Counter()
+    unique = []
+    for clip in clips:
+        seen[clip.id] += 1
+        unique.append(clip if seen[clip.id] == 1 else replace(clip, id=f"{clip.id}-{seen[clip.id]}"))
+    return unique

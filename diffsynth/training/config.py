@@ -1,0 +1,189 @@
+"""Everything that decides a training run, in one place: what YAML holds, what flags change, what is saved.
+
+The sections of other modules stand beside the code that reads them; here is the whole, and what the run
+itself reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from diffsynth.errors import ArgumentError
+from diffsynth.training.cache_config import CacheConfig
+from diffsynth.training.dataset.config import DatasetConfig
+from diffsynth.training.objective import ObjectiveConfig
+from diffsynth.training.tuning import TuneConfig
+
+Schedule = Literal["constant", "linear", "cosine", "cosine_restarts", "decay"]
+Strategy = Literal["auto", "ddp", "fsdp2", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSources:
+    """The files of the model."""
+
+    dit: tuple[str, ...] = ()  # file, folder or shards of the DiT that is trained
+    dit_low: tuple[str, ...] = ()  # of the low-noise expert, where a model has two; both are trained
+    adapters: tuple[str, ...] = ()  # files of networks beside it (VACE, speed), where they are not in its own
+    text_encoder: str | None = None  # for data_process and for sample videos
+    vae: str | None = None  # for data_process and for sample videos
+    image_encoder: str | None = None  # for data_process of image-to-video models with a CLIP branch
+    tokenizer: str | None = None  # folder, where it does not lie beside the text encoder
+    dtype: Literal["bfloat16", "float16", "float32", "fp8"] = "bfloat16"  # of weights that are not trained
+    device: str | None = None  # "cuda", "cpu"; none: a GPU if there is one
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryConfig:
+    """What is traded for memory."""
+
+    gradient_checkpointing: Literal["none", "full", "keep_attention"] = "none"  # see `recompute`
+    offload: bool = False  # of what checkpointing keeps: it waits in host memory
+    stream: bool = False  # frozen weights rest in host memory and come in for each pass; needs checkpointing
+    compile: bool = False  # torch.compile of each block
+
+    def __post_init__(self) -> None:
+        for name in ("offload", "stream"):
+            if getattr(self, name) and self.gradient_checkpointing == "none":
+                raise ArgumentError(
+                    f"memory.{name} is on and gradient_checkpointing off, on which it rests; set "
+                    "memory.gradient_checkpointing to full or keep_attention."
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """How the weights follow their gradients."""
+
+    # adamw, sgd, adamw8bit, prodigy, schedule_free, or a dotted name such as torch.optim.Adafactor
+    name: str = "adamw"
+    learning_rate: float = 1e-4  # at its highest; Prodigy wants 1
+    options: Mapping[str, object] = field(
+        default_factory=dict
+    )  # more of its arguments, such as weight_decay: 0.01
+    schedule: Schedule = "constant"  # after the warm-up; "decay" falls over the last fifth of the steps
+    warmup_steps: int = 0  # steps over which the learning rate rises
+    restarts: int = 1  # of cosine_restarts: waves until the end
+    final_share: float = 0.0  # of the learning rate at the last step, for all but "constant"
+    clip_norm: float = 1.0  # gradients are scaled down to this norm; 0 leaves them
+    ema: float = 0.0  # share of the moving average that a step keeps, such as 0.999; 0 keeps no average
+
+    def __post_init__(self) -> None:
+        _above(self.learning_rate, 0, "learning_rate", "1e-4 is usual for a LoRA, 1e-5 for all weights")
+        _at_least(self.warmup_steps, 0, "warmup_steps")
+        _at_least(self.restarts, 1, "restarts")
+        _at_least(self.clip_norm, 0, "clip_norm")
+        _share(self.final_share, "final_share")
+        if not 0 <= self.ema < 1:
+            raise ArgumentError(
+                f"optimizer.ema is {self.ema}; give 0 (none) or a share below 1, such as 0.999."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Where the run writes, how long it is, and on what it runs."""
+
+    task: Literal["data_process", "train", "both"] = "both"  # data_process fills the cache, train reads it
+    output: str = "output"  # folder of logs, checkpoints and samples
+    steps: int = 1000  # of the optimizer
+    batch_size: int = 1  # samples of one pass on one GPU
+    accumulate: int = 1  # passes of a step
+    seed: int = 0  # of order, noise, noise levels and caption dropout
+    deterministic: bool = False  # only kernels that give the same bits each time; slower
+    workers: int = 1  # processes that read cached samples; 0 reads in the training process
+    resume: str | None = None  # a .ckpt to go on from, or "latest": that of this output, if there is one
+    start_from: str | None = None  # a LoRA, or a .ckpt, whose weights are taken and nothing else
+    save_every: int = 500  # steps; 0: at the end only
+    keep_last: int = 3  # checkpoints that are kept; 0: all
+    # Names in the LoRA beside each checkpoint.
+    export_format: Literal["comfy", "kohya", "diffusers", "peft"] = "comfy"
+    trigger: str = ""  # word that calls what was taught; goes into the metadata
+    loggers: tuple[str, ...] = ()  # besides CSV and TensorBoard: wandb, swanlab
+    devices: int = 0  # processes on this machine; 0: every GPU, or one process on the CPU
+    nodes: int = 1  # machines; start it on each with torchrun
+    strategy: Strategy = "auto"  # auto: one process, or ddp. fsdp2 shards the weights over the GPUs
+    timeout_s: float = 1800.0  # how long a process waits for the others before it gives up
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "nodes"):
+            _at_least(getattr(self, name), 1, name)
+        for name in ("workers", "save_every", "keep_last", "devices", "seed"):
+            _at_least(getattr(self, name), 0, name)
+        _above(self.timeout_s, 0, "timeout_s", "1800 is half an hour")
+        if self.resume is not None and self.start_from is not None:
+            raise ArgumentError(
+                "run.resume goes on with a run and run.start_from begins a new one; give one of them."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleConfig:
+    """What is looked at while it trains: the loss on held-out clips, and videos."""
+
+    every: int = 0  # steps between two validations; 0: none
+    holdout: int = 4  # cached samples that are never trained on and measured instead
+    # At which the loss is measured: shares of the noise levels that training draws, from the noisiest.
+    quantiles: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    prompts: tuple[str, ...] = ()  # of videos at each validation; needs model.text_encoder and model.vae
+    negative_prompt: str = ""  # of those videos
+    seed: int = 0  # of those videos, and of the noise of the validation loss
+    height: int | None = None  # pixels; none: the model's
+    width: int | None = None  # pixels; none: the model's
+    num_frames: int | None = None  # 4 k + 1; none: the model's
+    num_inference_steps: int | None = None  # none: the model's
+    cfg_scale: float | None = None  # none: the model's
+
+    def __post_init__(self) -> None:
+        _at_least(self.every, 0, "every")
+        _at_least(self.holdout, 0, "holdout")
+        for quantile in self.quantiles:
+            _share(quantile, "quantiles")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One training run."""
+
+    model: ModelSources = field(default_factory=ModelSources)
+    data: tuple[DatasetConfig, ...] = ()
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    samples: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        if self.run.task != "data_process" and not self.model.dit:
+            raise ArgumentError("model.dit is empty; name the file of the DiT to train.")
+        if self.memory.stream and self.run.strategy == "fsdp2":
+            raise ArgumentError(
+                "memory.stream keeps the weights in host memory and run.strategy fsdp2 shards them over the "
+                "GPUs; choose one (ddp streams on every GPU)."
+            )
+        if self.run.strategy == "fsdp2" and (self.tune.kind == "dora" or self.tune.rounding == "stochastic"):
+            raise ArgumentError(
+                "run.strategy fsdp2 goes neither with tune.kind dora, which reads whole weights, nor with "
+                "tune.rounding stochastic; use ddp, or lora with masters."
+            )
+        if not self.data:
+            raise ArgumentError("data is empty; name a dataset: --data.0.path FOLDER.")
+
+
+def _at_least(value: float, least: float, name: str) -> None:
+    if value < least:
+        raise ArgumentError(f"{name} is {value}; give {least:g} or more.")
+
+
+def _above(value: float, limit: float, name: str, usual: str) -> None:
+    if not value > limit:
+        raise ArgumentError(f"{name} is {value}; give a number above {limit:g} ({usual}).")
+
+
+def _share(value: float, name: str) -> None:
+    if not 0 <= value <= 1:
+        raise ArgumentError(f"{name} is {value}; give 0 to 1.")

@@ -1,0 +1,243 @@
+"""From the files that a config names to what trains, what encodes and what is trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from diffsynth.checkpoints.build import load_class
+from diffsynth.checkpoints.checkpoint import Checkpoint
+from diffsynth.checkpoints.detect import detect
+from diffsynth.conditioning.text_cache import fingerprint
+from diffsynth.denoising.expert import Expert
+from diffsynth.errors import ArgumentError, MissingModelError
+from diffsynth.lora.formats import open_loras
+from diffsynth.models.model_manager import ModelManager
+from diffsynth.models.registry import ARCHITECTURES
+from diffsynth.models.wan.dit import WanDiT
+from diffsynth.models.wan.dit_config import VAE22_CHANNELS
+from diffsynth.pipelines.components import PipelineComponents, collect
+from diffsynth.pipelines.wan_video import WanVideoPipeline
+from diffsynth.training.cache_facts import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, DiTFacts, assuming
+from diffsynth.training.cached_dataset import CachedDataset
+from diffsynth.training.config import ModelSources, TrainConfig
+from diffsynth.training.dataset.clips import DatasetPlan
+from diffsynth.training.dataset.planning import plan_dataset
+from diffsynth.training.learners import Denoiser, Learner
+from diffsynth.training.objective import FlowMatchObjective
+from diffsynth.training.tuning import WITH_FACTORS, Tuned, tune
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "fp8": torch.float8_e4m3fn,
+}
+FPS, FPS_22 = 16.0, 24.0  # of the videos that the models were made with: Wan2.1 and A14B; TI2V-5B
+QUANTILES = 1000
+
+
+@dataclass(kw_only=True)
+class Loaded:
+    """The networks of a training run, and what says which they are."""
+
+    parts: PipelineComponents
+    learners: list[Learner]
+    facts: DiTFacts
+    identity: str  # hash of names, shapes and sampled bytes of every network
+    metadata: Mapping[str, str]  # of the DiT's file
+
+    @property
+    def experts(self) -> list[Expert]:
+        return [one for one in (self.parts.high, self.parts.low) if one is not None]
+
+
+def resolved_device(asked: str | None) -> torch.device:
+    """The device that is meant; None is a GPU if there is one."""
+    if asked is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(asked)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError(f"model.device is {asked!r}, but torch finds no GPU; leave it out, or give cpu.")
+    return device
+
+
+def facts_of(sources: ModelSources) -> DiTFacts:
+    """What the DiT reads, by the headers of its files: nothing is loaded."""
+    if not sources.dit:
+        return TEXT_TO_VIDEO if sources.image_encoder is None else IMAGE_TO_VIDEO
+    matches = detect(Checkpoint.open(list(sources.dit)), ARCHITECTURES)
+    for path in sources.adapters:
+        matches += detect(Checkpoint.open(path), ARCHITECTURES)
+    config, names = None, set()
+    for match in matches:
+        match.require_config()
+        kind = load_class(match)
+        if match.name == "wan_video_dit":
+            with torch.device("meta"):
+                config = WanDiT.from_config(match.config).config
+        elif hasattr(kind, "name"):
+            names.add(str(kind.name))
+    if config is None:
+        raise MissingModelError(f"{', '.join(sources.dit)} holds no DiT; model.dit names the file of one.")
+    return DiTFacts.of(config, names)
+
+
+def plan_data(config: TrainConfig, facts: DiTFacts) -> DatasetPlan:
+    """Which clips are made of the data, for this model's rate and grid."""
+    is_22 = facts.latent_channels == VAE22_CHANNELS
+    stride = 16 if is_22 else 8
+    output = Path(config.run.output)
+    output.mkdir(parents=True, exist_ok=True)
+    return plan_dataset(
+        config.data, model_fps=FPS_22 if is_22 else FPS,
+        grid=(stride * facts.patch[0], stride * facts.patch[1]), list_folder=output,
+    )  # fmt: skip
+
+
+def encoding_pipeline(config: TrainConfig, facts: DiTFacts, device: torch.device) -> WanVideoPipeline:
+    """The encoders alone, encoding as if the DiT were there.
+
+    Raises:
+        MissingModelError: without a text encoder or a VAE.
+    """
+    sources = config.model
+    for name in ("text_encoder", "vae"):
+        if getattr(sources, name) is None:
+            raise MissingModelError(
+                f"data_process encodes with model.{name}, which is not given; name its file."
+            )
+    dtype = torch.bfloat16 if sources.dtype == "fp8" else DTYPES[sources.dtype]
+    manager = ModelManager(torch_dtype=dtype, device="cpu")
+    paths = [sources.text_encoder, sources.vae, sources.image_encoder]
+    manager.load_models([path for path in paths if path is not None])
+    parts = collect(manager, device=device, dtype=dtype, tokenizer_path=sources.tokenizer)
+    return WanVideoPipeline(assuming(parts, facts))
+
+
+def load_networks(config: TrainConfig, objective: FlowMatchObjective) -> Loaded:
+    """Load the DiT, or both experts, with their adapters, on the CPU, and choose what trains.
+
+    Raises:
+        ArgumentError: when the files hold another number of DiTs than is named.
+    """
+    sources = config.model
+    manager = ModelManager(torch_dtype=DTYPES[sources.dtype], device="cpu")
+    named = [group for group in (sources.dit, sources.dit_low) if group]
+    manager.load_models([*(g[0] if len(g) == 1 else list(g) for g in named), *sources.adapters])
+    dits = [entry for entry in manager.loaded if entry.name == "wan_video_dit"]
+    if len(dits) != len(named):
+        raise ArgumentError(f"The files of model.dit hold {len(dits)} DiTs; expected {len(named)}.")
+    dtype = manager.torch_dtype or torch.bfloat16
+    parts = collect(manager, device=torch.device("cpu"), dtype=dtype)
+    assert parts.high is not None
+    networks = [n for one in (parts.high, parts.low) if one is not None for n in (one.dit, *one.adapters)]
+    identity = hashlib.sha256(b"".join(fingerprint(network) for network in networks)).hexdigest()[:16]
+    return Loaded(
+        parts=parts, learners=_learners(parts, config, objective), identity=identity,
+        facts=DiTFacts.of(parts.high.dit.config, parts.adapters), metadata=dits[0].match.checkpoint.metadata,
+    )  # fmt: skip
+
+
+def _learners(parts: PipelineComponents, config: TrainConfig, objective: FlowMatchObjective) -> list[Learner]:
+    assert parts.high is not None
+    experts = [one for one in (parts.high, parts.low) if one is not None]
+    tuned = [tune(one.dit, one.adapters, config.tune) for one in experts]
+    if config.run.start_from is not None:
+        _start_from(Path(config.run.start_from), tuned)
+    if len(experts) == 1:
+        return [Learner(denoiser=Denoiser(experts[0]), tuned=tuned[0])]
+    limit = parts.boundary * 1000
+    levels = [objective.sigma_at((i + 0.5) / QUANTILES) * 1000 for i in range(QUANTILES)]
+    share = sum(level >= limit for level in levels) / QUANTILES
+    # As load_lora tells the tensors of two experts apart.
+    ranges = ((limit, 1000.0, share, "pipe.dit."), (0.0, limit, 1 - share, "pipe.dit2."))
+    return [
+        Learner(denoiser=Denoiser(expert), tuned=one, low=low, high=high, share=share, prefix=prefix)
+        for expert, one, (low, high, share, prefix) in zip(experts, tuned, ranges, strict=True)
+    ]
+
+
+def _start_from(path: Path, tuned: list[Tuned]) -> None:
+    loras = open_loras(path)
+    if len(loras) not in (1, len(tuned)):
+        raise ArgumentError(f"{path} holds {len(loras)} LoRAs and {len(tuned)} DiTs are trained.")
+    for number, one in enumerate(tuned):
+        one.start_from(loras[number if len(loras) > 1 else 0])
+
+
+def data_hash(samples: CachedDataset) -> str:
+    """Of the samples that take part, whatever their order."""
+    names = sorted(samples.sample_id(index) for index in range(len(samples)))
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+def run_facts(config: TrainConfig, loaded: Loaded, samples: CachedDataset, world: int) -> dict[str, str]:
+    """What a checkpoint remembers, to be compared when a run goes on from it."""
+    tune_config, run = config.tune, config.run
+    method = f"{tune_config.kind} of {', '.join(tune_config.networks)}"
+    if tune_config.kind in WITH_FACTORS:
+        method += (
+            f", rank {tune_config.rank}, alpha {alpha_of(config):g}, targets {' '.join(tune_config.targets)}"
+        )
+    elif tune_config.parts:
+        method = f"parts {' '.join(tune_config.parts)}"
+    return {
+        "model": f"{' '.join(Path(p).name for p in config.model.dit)} ({loaded.identity})",
+        "method": method,
+        "optimizer": config.optimizer.name,
+        "optimizer settings": json.dumps(
+            {"learning_rate": config.optimizer.learning_rate, **config.optimizer.options}, default=str
+        ),
+        "data": data_hash(samples),
+        "seed": str(run.seed),
+        "samples of a step": str(run.batch_size * run.accumulate * world),
+    }
+
+
+def alpha_of(config: TrainConfig) -> float:
+    """Of the factors."""
+    return float(config.tune.rank if config.tune.alpha is None else config.tune.alpha)
+
+
+def file_metadata(config: TrainConfig, loaded: Loaded, facts: Mapping[str, str], step: int) -> dict[str, str]:
+    """What exports and checkpoints say about themselves, in the words of this package and of others."""
+    base = " ".join(Path(path).name for path in config.model.dit)
+    is_lora = config.tune.kind in WITH_FACTORS
+    told = {
+        "base_model": base, "base_model_identity": loaded.identity, "trigger": config.run.trigger,
+        "steps": str(step), "data_hash": facts["data"], "seed": str(config.run.seed),
+        "method": facts["method"],
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"wan-video/{'lora' if is_lora else 'model'}",
+        "modelspec.implementation": "https://github.com/Wan-Video/Wan2.1",
+        "modelspec.title": Path(config.run.output).resolve().name,
+        "modelspec.trigger_phrase": config.run.trigger,
+        "ss_sd_model_name": base, "ss_output_name": Path(config.run.output).resolve().name,
+        "ss_steps": str(step), "ss_learning_rate": str(config.optimizer.learning_rate),
+        "ss_optimizer": config.optimizer.name, "ss_seed": str(config.run.seed),
+        "ss_batch_size_per_device": str(config.run.batch_size),
+        "ss_gradient_accumulation_steps": str(config.run.accumulate),
+    }  # fmt: skip
+    if is_lora:
+        rank, alpha = str(config.tune.rank), f"{alpha_of(config):g}"
+        return {
+            **told, "rank": rank, "alpha": alpha, "ss_network_dim": rank, "ss_network_alpha": alpha,
+            "ss_network_module": "networks.lora_wan",
+        }  # fmt: skip
+    # A whole model keeps what no shape tells: sizes, defaults of generation.
+    return {**loaded.metadata, **told}
+
+
+def checkpoint_metadata(config: TrainConfig, told: Mapping[str, str], names: list[str]) -> dict[str, str]:
+    """`file_metadata`, and alpha where readers of LoRA files look for it: by the first part of the names."""
+    if config.tune.kind not in WITH_FACTORS:
+        return dict(told)
+    tops = sorted({name.partition(".")[0] for name in names})
+    alphas = {f"{top}.lora_alpha": alpha_of(config) for top in tops}
+    return {**told, "lora_adapter_metadata": json.dumps(alphas)}

@@ -1,0 +1,319 @@
+"""One training step, for one DiT or two experts, in Lightning.
+
+Optimization is manual: a step belongs to one expert, and only that expert's optimizer moves. Everything drawn
+(which samples, which expert, noise, noise level, caption dropout) is a function of (seed, step, sample).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from torch import Tensor, nn
+
+from diffsynth.errors import ArgumentError, NotFiniteError
+from diffsynth.training.batches import Batches, Pick, chance
+from diffsynth.training.config import TrainConfig
+from diffsynth.training.ema import Ema
+from diffsynth.training.learners import Learner
+from diffsynth.training.objective import FlowMatchObjective
+from diffsynth.training.optimizers import learning_rate_factor, set_learning_rate
+from diffsynth.training.placing import Placing
+from diffsynth.training.samples import Batch
+from diffsynth.training.sharding import full, like
+
+SAVE, STOP = 1, 2  # bits of what is wished from outside
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What one pass of one rank works on."""
+
+    batch: Batch
+    picks: tuple[Pick, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What a finished step tells its listeners; the same on every rank."""
+
+    step: int  # done, counted from 1
+    picks: tuple[Pick, ...]  # of all ranks
+    losses: Tensor  # (samples of the step,), in the order of the picks
+    timesteps: Tensor  # (samples of the step,), 0..1000
+    learning_rate: float
+    grad_norm: float  # before it was clipped
+    wishes: int  # SAVE and STOP, of any rank
+
+    @property
+    def loss(self) -> float:
+        """Mean over the samples."""
+        return float(self.losses.mean())
+
+
+class WanTrainingModule(LightningModule):
+    """See this module's legend.
+
+    Args:
+        learners: one per expert.
+        objective: draws noise levels and judges velocities.
+        batches: say what a step sees.
+        config: of the run.
+        start: steps done before, by the run that this one goes on with.
+        optimizer_states: of that run.
+        averages: of that run.
+    """
+
+    def __init__(
+        self,
+        learners: Sequence[Learner],
+        objective: FlowMatchObjective,
+        batches: Batches,
+        config: TrainConfig,
+        *,
+        start: int = 0,
+        optimizer_states: Sequence[dict[str, Any]] = (),
+        averages: Sequence[dict[str, Tensor]] = (),
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.learners, self.objective, self.batches, self.config = list(learners), objective, batches, config
+        self.start, self.done = start, start
+        self.report: StepReport | None = None  # of the step that the last pass finished
+        self.wishes: Callable[[], int] = lambda: 0
+        self.averages: list[Ema] = []
+        self._restored = (list(optimizer_states), list(averages))
+        self._measured: list[Tensor] = []
+        self._is_placed = False
+        self.placing = Placing(config.memory)
+        # Only what is trained: a frozen base is neither moved, nor compared between ranks, nor saved.
+        self.trained = nn.ParameterList(p for one in self.learners for p in one.parameters().values())
+
+    def configure_model(self) -> None:
+        """Networks come to the device; under FSDP2 each rank keeps a part of every weight."""
+        if self._is_placed:
+            return
+        strategy = self.trainer.strategy
+        mesh = strategy.device_mesh["data_parallel"] if isinstance(strategy, ModelParallelStrategy) else None
+        self.placing.enter(self.learners, strategy.root_device, mesh)
+        if mesh is not None:
+            del self.trained  # these were whole; the shards stand in their modules
+            self.denoisers = nn.ModuleList(learner.denoiser for learner in self.learners)
+        self._is_placed = True
+
+    def teardown(self, stage: str) -> None:
+        """The networks are as they were, but for what they learnt."""
+        self.placing.leave()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """One per expert, as the restored run left them."""
+        states, averages = self._restored
+        optimizers = []
+        for number, learner in enumerate(self.learners):
+            parameters = learner.parameters()
+            optimizer = learner.make_optimizer(self.config.optimizer)
+            if states:
+                load_optimizer(optimizer, states[number], list(parameters))
+            optimizers.append(optimizer)
+            if self.config.optimizer.ema:
+                ema = Ema(parameters, self.config.optimizer.ema)
+                if averages:
+                    ema.load({name: like(ema.average[name], t) for name, t in averages[number].items()})
+                self.averages.append(ema)
+        return optimizers
+
+    def transfer_batch_to_device(self, batch: Drawn, device: torch.device, dataloader_idx: int) -> Drawn:
+        """Stays where it is: the DiT takes what it needs to its own device."""
+        return batch
+
+    def shown(self, number: int) -> AbstractContextManager[None]:
+        """An expert's weights as they are shown and exported: their average, where one is kept."""
+        if not self.averages:
+            return nullcontext()
+        return self.averages[number].in_place_of(self.learners[number].parameters())
+
+    def expert_of(self, step: int) -> int:
+        """Whose turn it is: a function of (seed, step)."""
+        shares = [learner.share for learner in self.learners]
+        place, reached = chance(self.config.run.seed, step, "expert") * sum(shares), 0.0
+        for number, share in enumerate(shares):
+            reached += share
+            if place < reached:
+                return number
+        return len(shares) - 1
+
+    def training_step(self, drawn: Drawn, batch_idx: int) -> None:
+        """One pass; the last one of a step moves the weights."""
+        self.report = None
+        step = drawn.picks[0].step
+        learner = self.learners[self.expert_of(step)]
+        # For an optimizer that draws from torch's own generator: it too depends on the step alone.
+        torch.manual_seed(int(chance(self.config.run.seed, step, "torch") * 2**62))
+        losses, timesteps = self.losses(learner, drawn.batch, step, [pick.draw_id for pick in drawn.picks])
+        self._measured.append(torch.stack([losses.detach().float(), timesteps.to(losses.device).float()]))
+        is_last = len(self._measured) == self.config.run.accumulate
+        weights = torch.tensor([pick.weight for pick in drawn.picks], device=losses.device)
+        with self._sync(is_last):
+            self.manual_backward((losses * weights).mean() / self.config.run.accumulate)
+        if is_last:
+            self._finish(step, learner)
+
+    def losses(
+        self,
+        learner: Learner,
+        batch: Batch,
+        step: int,
+        draw_ids: Sequence[str],
+        quantile: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted loss of each sample (B,), and the timesteps (B,) that the network was told.
+
+        Args:
+            learner: who answers.
+            batch: of one bucket.
+            step: noise and noise level are functions of it, of the seed, and of ``draw_ids``.
+            draw_ids: one per sample.
+            quantile: instead of drawn noise levels, that at this quantile.
+        """
+        require_plain(batch)
+        objective, pinned = self.objective, batch.plan.num_pinned
+        device = learner.denoiser.dit.device
+        latents = batch.latents.to(device, torch.float32)
+        sigma, noise = objective.draw(
+            self.config.run.seed, step, draw_ids, latents.shape[1:], learner.low, learner.high
+        )
+        if quantile is not None:
+            level = objective.sigma_at(min(quantile, 1 - 1e-9), learner.low, learner.high)
+            sigma = torch.full_like(sigma, level)
+        noisy = batch.plan.pin(objective.noisy(latents, noise, sigma))
+        told = objective.timesteps(sigma, latents.shape[2], pinned)
+        velocity = learner.denoiser(noisy, told, batch.conditions)
+        return objective.losses(velocity, latents, noise, sigma, pinned), sigma * 1000
+
+    def _sync(self, is_last: bool) -> AbstractContextManager[None]:
+        """Gradients travel between ranks once per step, not once per pass."""
+        strategy = self.trainer.strategy
+        if is_last or not isinstance(strategy, ParallelStrategy):
+            return nullcontext()
+        return cast("AbstractContextManager[None]", strategy.block_backward_sync())
+
+    def _finish(self, step: int, learner: Learner) -> None:
+        losses, timesteps, wishes = self._gathered()
+        picks = self.batches.at(step)
+        require_finite(losses, timesteps, picks, step)
+        number = self.learners.index(learner)
+        optimizers = cast("list[Any]", self.optimizers(use_pl_optimizer=True))
+        optimizer = (optimizers if isinstance(optimizers, list) else [optimizers])[number]
+        parameters = learner.parameters()
+        norm = clip(list(parameters.values()), self.config.optimizer.clip_norm)
+        if not math.isfinite(norm):
+            raise NotFiniteError(
+                f"The gradients of step {step + 1} are not finite (the loss is {float(losses.mean()):.4g}), "
+                f"with {_named(picks)}. Lower optimizer.learning_rate, or look at these samples."
+            )
+        rate = self.config.optimizer.learning_rate * learning_rate_factor(
+            step, self.config.run.steps, self.config.optimizer
+        )
+        set_learning_rate(optimizer.optimizer, rate)
+        if learner.tuned.rounding is None:
+            optimizer.step()
+        else:
+            learner.tuned.rounding.step(optimizer.step, self.config.run.seed, step)
+        optimizer.zero_grad(set_to_none=True)
+        if self.averages:
+            self.averages[number].update(parameters, step + 1)
+        self.done = step + 1
+        self.report = StepReport(
+            step=self.done,
+            picks=picks,
+            losses=losses,
+            timesteps=timesteps,
+            learning_rate=rate,
+            grad_norm=norm,
+            wishes=wishes,
+        )
+
+    def _gathered(self) -> tuple[Tensor, Tensor, int]:
+        """Losses and timesteps of the step's samples, in the order of its picks, and wishes; of all ranks."""
+        measured = torch.cat(self._measured, dim=1)
+        self._measured = []
+        wishes = torch.tensor([float(self.wishes())], device=measured.device)
+        own = torch.cat([measured.flatten(), wishes])
+        ranks = [own]
+        if dist.is_available() and dist.is_initialized():
+            ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+            dist.all_gather(ranks, own)
+        every = torch.stack(ranks).cpu()
+        size, passes = self.config.run.batch_size, self.config.run.accumulate
+        # (rank, 2, pass, sample) -> (2, pass, rank, sample)
+        table = every[:, :-1].view(len(ranks), 2, passes, size).permute(1, 2, 0, 3).reshape(2, -1)
+        wished = 0
+        for value in every[:, -1].tolist():
+            wished |= int(value)
+        return table[0], table[1], wished
+
+
+def require_plain(batch: Batch) -> None:
+    """Frames in front of the clip (VACE references) have no clean latent in a sample."""
+    if batch.plan.extra_frames:
+        raise ArgumentError(
+            f"Samples {', '.join(batch.ids[:3])} put {batch.plan.extra_frames} frames in front of the clip "
+            "(vace_reference_image), which cannot be trained; leave that column out."
+        )
+
+
+def require_finite(losses: Tensor, timesteps: Tensor, picks: Sequence[Pick], step: int) -> None:
+    """Stop before a loss that is no number reaches the weights.
+
+    Raises:
+        NotFiniteError: names the samples.
+    """
+    broken = [(pick, float(t)) for pick, t, fine in zip(picks, timesteps, torch.isfinite(losses), strict=True)
+              if not fine]  # fmt: skip
+    if broken:
+        told = "; ".join(f"{pick.sample_id} at timestep {t:.0f}" for pick, t in broken[:4])
+        raise NotFiniteError(
+            f"The loss of step {step + 1} is not finite, at sample {told}. The weights are those before this "
+            "step. Usual causes: a damaged sample (remove it and run data_process again), a learning rate "
+            "that is too high, or weights in float16 (use bfloat16)."
+        )
+
+
+def clip(parameters: Sequence[nn.Parameter], limit: float) -> float:
+    """Scale gradients down to a norm, 0: leave them; returns the norm that they had, over all ranks."""
+    given = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(given, limit or math.inf)
+    return float(full(norm))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: list[str]) -> None:
+    """Put a saved state back, cut into shards where the parameters are.
+
+    Raises:
+        ArgumentError: when it belongs to other parameters.
+    """
+    if saved["names"] != names:
+        strange = sorted(set(saved["names"]) ^ set(names))
+        raise ArgumentError(
+            f"The checkpoint's optimizer moved {len(saved['names'])} tensors and this run trains "
+            f"{len(names)}; only one of them has {', '.join(strange[:3]) or 'this order'}. Go on with the "
+            "same tune section."
+        )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        number: {name: like(parameters[int(number)], value) for name, value in one.items()}
+        for number, one in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+
+
+def _named(picks: Sequence[Pick]) -> str:
+    names = [pick.sample_id for pick in picks]
+    return f"samples {', '.join(names[:4])}{' ...' if names[4:] else ''}"

@@ -1,0 +1,340 @@
+"""A whole run: encode what is missing, load, train, save, and go on where an earlier run stopped."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers.logger import Logger
+from torch.utils.data import DataLoader, Dataset
+
+from diffsynth.errors import OutputPathError
+from diffsynth.training.batches import Batches, Pick, StepSampler
+from diffsynth.training.cache import process
+from diffsynth.training.cached_dataset import CachedDataset, open_cache
+from diffsynth.training.callbacks import Saver, StepLog, columns
+from diffsynth.training.checkpoints import (
+    CHECKPOINTS,
+    State,
+    checkpoint_path,
+    drop_old,
+    find_resume,
+    read_state,
+    require_room,
+    require_same_run,
+    version_folder,
+    write_state,
+)
+from diffsynth.training.config import TrainConfig
+from diffsynth.training.config_files import save_config
+from diffsynth.training.loading import (
+    Loaded,
+    checkpoint_metadata,
+    encoding_pipeline,
+    facts_of,
+    file_metadata,
+    load_networks,
+    plan_data,
+    resolved_device,
+    run_facts,
+)
+from diffsynth.training.logs import CsvLog, EventLog, other_logger
+from diffsynth.training.module import Drawn, WanTrainingModule
+from diffsynth.training.objective import FlowMatchObjective
+from diffsynth.training.optimizers import evaluated, named_state
+from diffsynth.training.processes import (
+    Ranks,
+    is_of_a_lost_rank,
+    lost_rank,
+    quiet_lightning,
+    strategy_of,
+)
+from diffsynth.training.samples import EncodedSample, collate
+from diffsynth.training.sharding import on_cpu
+from diffsynth.training.validation import PromptVideos, Validation, split
+
+logger = logging.getLogger("diffsynth")
+
+OPTIMIZER_NUMBERS = 2  # that an optimizer keeps of each weight, for the estimate of a checkpoint's size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """What a run did."""
+
+    step: int  # done, of all starts of the run
+    losses: tuple[float, ...]  # of the steps of this start
+    checkpoint: Path | None
+    export: Path | None  # the safetensors file, for others to load; of two experts, the high one's
+    folder: Path | None  # of logs and checkpoints
+    stopped_by: str | None = None  # a signal, or the file "stop"
+
+    def __str__(self) -> str:
+        why = f", stopped by {self.stopped_by}" if self.stopped_by else ""
+        return f"{self.step} steps{why}; {self.export or self.checkpoint or 'nothing trained'}"
+
+
+class _Picked(Dataset[tuple[EncodedSample, Pick]]):
+    """Samples by pick, for the workers of a DataLoader."""
+
+    def __init__(self, samples: CachedDataset) -> None:
+        self._samples = samples
+
+    def __getitem__(self, pick: Pick) -> tuple[EncodedSample, Pick]:  # type: ignore[override]
+        return self._samples[pick.index], pick
+
+
+def train(config: TrainConfig) -> RunReport:
+    """Run what ``config.run.task`` says: fill the cache, train on it, or both.
+
+    Raises:
+        ArgumentError: for settings, samples or a checkpoint that do not fit each other.
+        NotFiniteError: when the loss is no number; the weights before it are saved.
+        OutputPathError: when the disk is full at the end; every checkpoint before is whole.
+        DiffSynthError: when a process of the run is lost.
+    """
+    device = resolved_device(config.model.device)
+    ranks = Ranks.of(config, device)
+    output = Path(config.run.output)
+    output.mkdir(parents=True, exist_ok=True)
+    # Processes that Lightning starts come here too; the first has filled the cache before it started them.
+    if config.run.task != "train" and (ranks.is_external or ranks.rank == 0):
+        _fill_cache(config, device, ranks)
+    if config.run.task == "data_process":
+        return RunReport(step=0, losses=(), checkpoint=None, export=None, folder=None)
+    return Run(config, device, ranks).fit()
+
+
+def _fill_cache(config: TrainConfig, device: torch.device, ranks: Ranks) -> None:
+    facts = facts_of(config.model)
+    plan = plan_data(config, facts)
+    rank, world = (ranks.rank, ranks.world) if ranks.is_external else (0, 1)
+    if device.type == "cuda" and ranks.is_external:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    process(plan, encoding_pipeline(config, facts, device), config.cache, rank=rank, world=world)
+    if world > 1:  # nobody trains before all have written
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+class Run:
+    """One start of a training run.
+
+    Args:
+        config: of the run.
+        device: kind of device.
+        ranks: the processes.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device, ranks: Ranks) -> None:
+        self.config, self._device, self._ranks = config, device, ranks
+        self._output = Path(config.run.output)
+        objective = FlowMatchObjective(config.objective)
+        path = find_resume(config.run.resume, self._output)
+        state = None if path is None else read_state(path)
+        self._loaded = load_networks(config, objective)
+        self._samples = open_cache(
+            plan_data(config, self._loaded.facts), self._loaded.facts, cache_dir=config.cache.cache_dir,
+            rank=ranks.rank,
+        )  # fmt: skip
+        self._facts = run_facts(config, self._loaded, self._samples, ranks.world)
+        if path is not None and state is not None:
+            require_same_run(path, state, self._facts)
+            restore(self._loaded, state)
+            logger.info("Going on from %s, after step %d.", path, state.step)
+        elif config.run.resume is not None:
+            logger.info("There is no checkpoint in %s yet; the run begins.", self._output)
+        trained, self._held_out = split(self._samples, config.samples.holdout, config.samples.every)
+        batches = Batches(
+            self._samples, size=config.run.batch_size * config.run.accumulate * ranks.world,
+            seed=config.run.seed, indices=trained,
+        )  # fmt: skip
+        for note in batches.notes:
+            logger.warning("%s", note)
+        self.folder = version_folder(self._output, path, goes_on=config.run.resume is not None)
+        self.module = WanTrainingModule(
+            self._loaded.learners, objective, batches, config, start=0 if state is None else state.step,
+            optimizer_states=[] if state is None else state.optimizers,
+            averages=[] if state is None else state.averages,
+        )  # fmt: skip
+
+    def fit(self) -> RunReport:
+        """Train to the last step, or until it is stopped."""
+        config, module = self.config, self.module
+        if module.start >= config.run.steps:
+            logger.warning(
+                "The checkpoint has %d steps and run.steps is %d: nothing is left to do; give more steps to "
+                "train on.", module.start, config.run.steps,
+            )  # fmt: skip
+            return self._report((), None, None)
+        if self._ranks.rank == 0:
+            self._prepare_folder()
+        names = sorted({self._samples.dataset(index) for index in range(len(self._samples))} - {""})
+        log = StepLog(self._samples.dataset if len(names) > 1 else None)
+        saver = Saver(self._output, self.save, config.run.save_every)
+        callbacks: list[Callback] = [log, saver]
+        if config.samples.every:
+            sample = PromptVideos(config, self._loaded, self._device) if config.samples.prompts else None
+            callbacks.insert(0, Validation(self._samples, self._held_out, log, sample))
+        try:
+            with quiet_lightning():
+                trainer = self._trainer(callbacks, self._loggers(names if len(names) > 1 else []))
+                trainer.fit(module, train_dataloaders=self._batches())
+        except RuntimeError as error:
+            if self._ranks.world > 1 and is_of_a_lost_rank(error):
+                raise lost_rank(config.run, error, None if saver.saved is None else saver.saved[1]) from error
+            raise
+        return self._report(tuple(log.losses), saver.saved, saver.stopped_by)
+
+    def save(self, module: WanTrainingModule) -> Path:
+        """Write a checkpoint and, beside it, the export; every rank takes part, the first one writes."""
+        state = self._state(module)
+        path = checkpoint_path(self.folder, state)
+        # An error is raised when all ranks have done what they do together: nobody waits for this one.
+        failure = self._written(lambda: write_state(path, state))
+        told = file_metadata(self.config, self._loaded, self._facts, state.step)
+        optimizers = module.optimizers(use_pl_optimizer=False)
+        some: list[Any] = optimizers if isinstance(optimizers, list) else [optimizers]
+        for number, learner in enumerate(module.learners):
+            target = self._export_path(path, number)
+            export = partial(learner.tuned.export, target, self.config.run.export_format, told)
+            with evaluated(some), module.shown(number), learner.whole():
+                failure = failure or self._written(export)
+        if failure is not None:
+            raise failure
+        if self._ranks.rank == 0:
+            drop_old(self.folder, self.config.run.keep_last, path)
+            logger.info("Step %d: saved %s", state.step, path)
+        return path
+
+    def _export_path(self, checkpoint: Path, number: int) -> Path:
+        """Beside the checkpoint under its stem; of two experts, with the one it is for."""
+        middle = "" if len(self.module.learners) == 1 else (".high", ".low")[number]
+        return checkpoint.with_name(f"{checkpoint.stem}{middle}.safetensors")
+
+    def _written(self, write: Callable[[], object]) -> OutputPathError | None:
+        try:
+            if self._ranks.rank == 0:
+                write()
+        except OutputPathError as error:
+            return error
+        return None
+
+    def _state(self, module: WanTrainingModule) -> State:
+        optimizers = module.optimizers(use_pl_optimizer=False)
+        some: list[Any] = optimizers if isinstance(optimizers, list) else [optimizers]
+        return replace(
+            self._state_without_optimizers(),
+            optimizers=[
+                on_cpu(named_state(optimizer, list(learner.parameters())))
+                for learner, optimizer in zip(module.learners, some, strict=True)
+            ],
+            averages=[on_cpu(ema.average) for ema in module.averages],
+        )
+
+    def _state_without_optimizers(self) -> State:
+        module = self.module
+        tensors = {
+            learner.prefix + name: on_cpu(parameter)
+            for learner in module.learners
+            for name, parameter in learner.parameters().items()
+        }
+        told = file_metadata(self.config, self._loaded, self._facts, module.done)
+        return State(
+            step=module.done, epoch=module.batches.epoch_of(max(0, module.done - 1)), tensors=tensors,
+            optimizers=[], averages=[], facts=self._facts,
+            metadata=checkpoint_metadata(self.config, told, list(tensors)),
+        )  # fmt: skip
+
+    def _prepare_folder(self) -> None:
+        """Leftovers go, rows of steps that come again go, and a save is tried before the first step."""
+        places = self.folder / CHECKPOINTS
+        num_bytes = sum(
+            4 * one.tuned.num_parameters * (1 + OPTIMIZER_NUMBERS + bool(self.config.optimizer.ema))
+            for one in self.module.learners
+        )
+        require_room(places, num_bytes)
+        for leftover in places.glob(".part-*"):
+            leftover.unlink(missing_ok=True)
+        save_config(self.config, self.folder / "config.yaml")
+        trial = places / ".trial.ckpt"
+        try:
+            write_state(trial, replace(self._state_without_optimizers(), metadata={}))
+            read_state(trial)
+        finally:
+            trial.unlink(missing_ok=True)
+
+    def _batches(self) -> DataLoader[Any]:
+        run = self.config.run
+        sampler = StepSampler(
+            self.module.batches, start=self.module.start, stop=run.steps, batch_size=run.batch_size,
+            accumulate=run.accumulate, rank=self._ranks.rank, world=self._ranks.world,
+        )  # fmt: skip
+        return DataLoader(
+            _Picked(self._samples), batch_sampler=sampler, collate_fn=_joined, num_workers=run.workers,
+            persistent_workers=run.workers > 0,
+        )  # fmt: skip
+
+    def _loggers(self, datasets: Sequence[str]) -> list[Logger]:
+        csv_log, events = CsvLog(self.folder, columns(datasets)), EventLog(self.folder)
+        if self._ranks.rank == 0 and self.config.run.resume is not None:
+            csv_log.cut(self.module.start)
+            events.begin_again(self.module.start)
+        names = self.config.run.loggers if self._ranks.rank == 0 else ()
+        return [csv_log, events, *(other_logger(name, self._output, asdict(self.config)) for name in names)]
+
+    def _trainer(self, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
+        return Trainer(
+            accelerator="gpu" if self._device.type == "cuda" else "cpu",
+            devices=self._ranks.devices,
+            num_nodes=self._ranks.nodes,
+            strategy=strategy_of(self.config.run, self._ranks.world, len(self._loaded.learners)),
+            precision="32-true",  # networks keep their own dtypes, what trains is float32
+            max_epochs=1,
+            logger=loggers,
+            callbacks=callbacks,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+            deterministic=True if self.config.run.deterministic else None,
+            default_root_dir=str(self._output),
+        )
+
+    def _report(
+        self, losses: tuple[float, ...], saved: tuple[int, Path] | None, stopped_by: str | None
+    ) -> RunReport:
+        path = None if saved is None else saved[1]
+        export = None if path is None else self._export_path(path, 0)
+        return RunReport(
+            step=self.module.done, losses=losses, checkpoint=path, export=export, folder=self.folder,
+            stopped_by=stopped_by,
+        )  # fmt: skip
+
+
+def restore(loaded: Loaded, state: State) -> None:
+    """Put the trained tensors of a state back; before anything is sharded."""
+    for learner in loaded.learners:
+        own = {
+            name.removeprefix(learner.prefix): tensor
+            for name, tensor in state.tensors.items()
+            if name.startswith(learner.prefix)
+        }
+        learner.tuned.load_state_dict(own)
+
+
+def _joined(pairs: Sequence[tuple[EncodedSample, Pick]]) -> Drawn:
+    picks = tuple(pick for _, pick in pairs)
+    batch = collate([sample for sample, _ in pairs], [pick.drops_caption for pick in picks])
+    return Drawn(batch=batch, picks=picks)

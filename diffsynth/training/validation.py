@@ -1,0 +1,184 @@
+"""What a run shows of itself: the loss on clips that it never trains on, and videos of the same prompts.
+
+The validation loss is measured with the same noise at the same quantiles of the noise levels every time, so
+that it moves only when the weights do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from tqdm import tqdm
+
+from diffsynth.errors import ArgumentError, MissingModelError
+from diffsynth.models.model_manager import ModelManager
+from diffsynth.pipelines.components import collect
+from diffsynth.pipelines.wan_video import WanVideoPipeline
+from diffsynth.training.batches import Samples, chance
+from diffsynth.training.cached_dataset import CachedDataset
+from diffsynth.training.callbacks import StepLog
+from diffsynth.training.config import TrainConfig
+from diffsynth.training.loading import DTYPES, Loaded
+from diffsynth.training.module import WanTrainingModule
+from diffsynth.training.optimizers import evaluated
+from diffsynth.training.samples import collate
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger("diffsynth")
+
+STEP_OF_VALIDATION = -1  # its noise is that of no step of training
+Sampling = Callable[[WanTrainingModule, int], None]
+
+
+def split(samples: Samples, holdout: int, every: int) -> tuple[list[int], list[int]]:
+    """Indices to train on and indices to measure; which is which depends on the samples' ids alone.
+
+    Raises:
+        ArgumentError: when nothing would be left to train on.
+    """
+    count = holdout if every else 0
+    if count and count >= len(samples):
+        raise ArgumentError(
+            f"samples.holdout is {count} and there are {len(samples)} samples; hold out fewer, or 0."
+        )
+    order = sorted(range(len(samples)), key=lambda i: chance(samples.sample_id(i), "holdout"))
+    return sorted(order[count:]), order[:count]
+
+
+class Validation(Callback):
+    """Every so many steps, before the first and after the last one.
+
+    Args:
+        samples: all cached samples.
+        held_out: which of them are measured.
+        log: takes the loss into its row.
+        sample: makes the videos, if there shall be any.
+    """
+
+    def __init__(
+        self, samples: CachedDataset, held_out: Sequence[int], log: StepLog, sample: Sampling | None = None
+    ) -> None:
+        self._samples, self._held_out, self._log, self._sample = samples, list(held_out), log, sample
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, WanTrainingModule)
+        if pl_module.start == 0:
+            self._look(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, WanTrainingModule)
+        every, last = pl_module.config.samples.every, pl_module.config.run.steps
+        if pl_module.report is not None and (pl_module.done % every == 0 or pl_module.done == last):
+            self._look(trainer, pl_module)
+
+    def _look(self, trainer: Trainer, module: WanTrainingModule) -> None:
+        optimizers = module.optimizers(use_pl_optimizer=False)
+        some: list[Any] = optimizers if isinstance(optimizers, list) else [optimizers]
+        with torch.no_grad(), evaluated(some):
+            if self._held_out:
+                by_quantile = validation_losses(module, self._samples, self._held_out)
+                if module.done > module.start:  # before the first step there is no row for it
+                    self._log.validation_loss = float(by_quantile.mean())
+                rows = {
+                    f"validation_loss_q{q:g}": float(loss)
+                    for q, loss in zip(module.config.samples.quantiles, by_quantile, strict=True)
+                }
+                for one in trainer.loggers:
+                    one.log_metrics(rows, step=module.done)
+            if self._sample is not None:
+                self._sample(module, module.done)
+
+
+def validation_losses(module: WanTrainingModule, samples: CachedDataset, held_out: Sequence[int]) -> Tensor:
+    """Mean loss at each quantile, (quantiles,), the same on every rank.
+
+    Each rank measures every so many of the samples. All ranks take the same number of passes, as sharded
+    weights want; a pass too many counts nothing.
+    """
+    rank, world = module.global_rank, module.trainer.world_size
+    quantiles = module.config.samples.quantiles
+    sums = torch.zeros(len(quantiles), device=module.learners[0].denoiser.dit.device)
+    rounds = range(0, len(held_out), world)
+    for first in tqdm(rounds, desc="validation", unit="sample", leave=False, disable=rank != 0):
+        place = first + rank
+        index = held_out[min(place, len(held_out) - 1)]
+        batch = collate([samples[index]], [False])
+        for number, quantile in enumerate(quantiles):
+            learner = module.learners[0]
+            if len(module.learners) > 1:
+                told = module.objective.sigma_at(min(quantile, 1 - 1e-9)) * 1000
+                learner = next(one for one in module.learners if one.low <= told)
+            losses, _ = module.losses(
+                learner, batch, STEP_OF_VALIDATION, [samples.sample_id(index)], quantile=quantile
+            )
+            if place < len(held_out):
+                sums[number] += losses[0]
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+    return (sums / len(held_out)).cpu()
+
+
+class PromptVideos:
+    """Videos of the same prompts and seeds, spread over the ranks.
+
+    Args:
+        config: names prompts and encoders.
+        loaded: the networks that train.
+        device: where everything computes.
+
+    Raises:
+        MissingModelError: without a text encoder or a VAE.
+        ArgumentError: under FSDP2, where no rank holds a whole DiT.
+    """
+
+    def __init__(self, config: TrainConfig, loaded: Loaded, device: torch.device) -> None:
+        sources = config.model
+        if sources.text_encoder is None or sources.vae is None:
+            raise MissingModelError(
+                "samples.prompts needs model.text_encoder and model.vae; name their files."
+            )
+        if config.run.strategy == "fsdp2":
+            raise ArgumentError("samples.prompts needs a whole DiT on each GPU, which fsdp2 shards; use ddp.")
+        self._config, self._loaded, self._device = config, loaded, device
+        self._pipe: WanVideoPipeline | None = None
+
+    def __call__(self, module: WanTrainingModule, step: int) -> None:
+        """Make the videos of this rank: ``<output>/samples/step=S-N.mp4``."""
+        from diffsynth.video import save_video
+
+        # Now and not before: a pipeline lets its networks rest where they were when it was made.
+        self._pipe = self._pipe or self._made()
+        settings = self._config.samples
+        names = ("height", "width", "num_frames", "num_inference_steps", "cfg_scale")
+        given = {name: value for name in names if (value := getattr(settings, name)) is not None}
+        folder = Path(self._config.run.output) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(module.global_rank, len(settings.prompts), module.trainer.world_size):
+            video = self._pipe(
+                settings.prompts[number], settings.negative_prompt, seed=settings.seed + number, **given
+            )
+            assert isinstance(video, list)
+            save_video(cast("list[Image]", video), folder / f"step={step}-{number + 1}.mp4", fps=16)
+        logger.info("Step %d: videos of %d prompts in %s", step, len(settings.prompts), folder)
+
+    def _made(self) -> WanVideoPipeline:
+        sources, loaded = self._config.model, self._loaded
+        assert sources.text_encoder is not None and sources.vae is not None
+        dtype = torch.bfloat16 if sources.dtype == "fp8" else DTYPES[sources.dtype]
+        manager = ModelManager(torch_dtype=dtype, device="cpu")
+        manager.load_models([sources.text_encoder, sources.vae])
+        parts = collect(manager, device=self._device, dtype=dtype, tokenizer_path=sources.tokenizer)
+        parts.high, parts.low, parts.boundary = loaded.parts.high, loaded.parts.low, loaded.parts.boundary
+        parts.family, parts.generation = loaded.parts.family, loaded.parts.generation
+        return WanVideoPipeline(parts)

@@ -1,0 +1,112 @@
+"""Headers tell what decoding would: size, frames, rate, and that a file is cut short."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+import diffsynth
+from diffsynth.errors import MediaNotFoundError, MediaReadError
+from diffsynth.video.probing import probe_media
+from tests.pictures import noise, numbered, smooth
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm", ".gif"])
+def test_the_header_tells_what_is_decoded(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"a{suffix}"
+    diffsynth.save_video(numbered(13), file, fps=10)
+    facts, video = probe_media(file), diffsynth.VideoData(file)
+    assert (facts.num_frames, facts.height, facts.width) == (len(video), *video.shape()) == (13, 48, 64)
+    assert facts.fps == pytest.approx(10, rel=1e-6), "a rational number, in floats"
+    assert facts.times_s is None and not facts.is_picture
+
+
+def test_uneven_frames_tell_their_times(tmp_path: Path) -> None:
+    ticks = [0, 1, 9, 10]  # tenths of a second
+    for suffix in ("mp4", "mkv"):
+        with av.open(str(tmp_path / f"a.{suffix}"), "w") as container:
+            stream = container.add_stream("libx264", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            stream.codec_context.time_base = Fraction(1, 10)
+            for tick in ticks:
+                frame = av.VideoFrame.from_ndarray(noise(seed=tick), format="rgb24")
+                frame.pts, frame.time_base = tick, Fraction(1, 10)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        facts = probe_media(tmp_path / f"a.{suffix}")
+        assert facts.times_s == pytest.approx([tick / 10 for tick in ticks], abs=1e-3), (
+            "ticks of 1 ms in .mkv"
+        )
+        assert facts.num_frames == 4
+
+
+@pytest.mark.skipif(int(av.__version__.split(".")[0]) < 18, reason="this PyAV cannot write a turned video")
+@pytest.mark.parametrize(
+    ("degrees", "size"), [(90, (64, 48)), (180, (48, 64)), (270, (64, 48)), (0, (48, 64))]
+)
+def test_a_turned_video_has_its_upright_size(degrees: int, size: tuple[int, int], tmp_path: Path) -> None:
+    file = tmp_path / "a.mp4"
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.set_display_rotation(degrees)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(smooth(), format="rgb24")))
+        container.mux(stream.encode())
+    facts = probe_media(file)
+    assert (facts.height, facts.width) == size == diffsynth.VideoData(file).shape()
+
+
+def test_a_picture_is_one_upright_frame(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    Image.fromarray(smooth()).save(tmp_path / "a.jpg", exif=exif)
+    facts = probe_media(tmp_path / "a.jpg")
+    assert (facts.height, facts.width, facts.num_frames, facts.fps) == (64, 48, 1, None)
+    assert facts.is_picture
+
+
+def test_a_video_that_is_cut_short_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "a.mp4"
+    with av.open(str(file), "w", options={"movflags": "faststart"}) as container:  # the index lies in front
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(9):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise(seed=number), format="rgb24")))
+        container.mux(stream.encode())
+    whole = file.read_bytes()
+    assert probe_media(file).num_frames == 9
+    file.write_bytes(whole[:-100])
+    with pytest.raises(MediaReadError, match="is cut short: its index tells of"):
+        probe_media(file)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.png"])
+def test_what_is_no_media_says_so(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    with pytest.raises(MediaNotFoundError, match="does not exist"):
+        probe_media(file)
+    file.touch()
+    with pytest.raises(MediaReadError, match="is empty"):
+        probe_media(file)
+    file.write_bytes(bytes(np.arange(100, dtype=np.uint8)))
+    with pytest.raises(MediaReadError, match=r"cannot be read as a picture|is not a video"):
+        probe_media(file)
+
+
+def test_sound_alone_is_no_video(tmp_path: Path) -> None:
+    file = tmp_path / "a.mp4"
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono"
+        )
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(MediaReadError, match="has no picture track"):
+        probe_media(file)
