@@ -1,7 +1,11 @@
-"""Two experts for tests: the tiny Wan's one DiT in both roles, in official folders."""
+"""Two experts for tests: the tiny Wan's one DiT in both roles, in official folders.
+
+``python -m tests.pairs FOLDER`` writes them.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from diffsynth.tiny import tiny_folder
@@ -23,3 +27,7 @@ def write_tiny_pair(folder: Path) -> Path:
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(file.read_bytes())
     return folder
+
+
+if __name__ == "__main__":
+    write_tiny_pair(Path(sys.argv[1]))

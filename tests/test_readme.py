@@ -12,12 +12,14 @@ from typer.main import get_command
 
 import diffsynth
 from diffsynth.cli.app import app
+from diffsynth.cli.generate_task import with_task
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(
-    r"diffsynth ((?:generate|decode|plan|inspect|doctor)[^#\n`]*)",
+    r"diffsynth ((?:generate|refine|decode|plan|inspect|dataset|train|lora|preprocess|doctor)\b[^#\n`]*)",
     "\n".join(code for kind, code in re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M) if not kind),
 )
 
@@ -30,10 +32,20 @@ def test_both_commands_stand_on_the_first_screen() -> None:
 
 @pytest.mark.parametrize("line", sorted(set(COMMANDS)))
 def test_commands_parse(line: str) -> None:
-    name, *words = shlex.split(line)
-    command = get_command(app).commands[name]  # type: ignore[attr-defined]
-    if "--help" not in words:
-        command.make_context(name, words)
+    words, command = shlex.split(line), get_command(app)
+    while commands := getattr(command, "commands", {}):
+        command = commands[words.pop(0)]
+    if "--help" in words:
+        return
+    given = command.make_context(command.name, [*words]).params
+    if command.name == "train":  # takes any flag, and reads them by its settings
+        from diffsynth.training.config import TrainConfig
+        from diffsynth.training.config_files import load_config
+
+        load_config(TrainConfig, str(ROOT / words[0]), words[1:])
+    if command.name == "generate":
+        values = {name: getattr(value, "value", value) for name, value in given.items()}
+        with_task(values.pop("prompt") or values["prompt_text"], values)
 
 
 def test_python_code_runs(toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +68,5 @@ def test_python_code_runs(toy_folder: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_files_that_the_readme_names_are_there() -> None:
-    root = Path(__file__).parents[1]
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (root / target).exists(), f"README.md links to {target}, which is not there"
+        assert (ROOT / target).exists(), f"README.md links to {target}, which is not there"

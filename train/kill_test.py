@@ -1,6 +1,6 @@
 """Kill a run at random moments, let it go on, and compare it with one that nobody killed.
 
-    python train/kill_test.py train/recipes/tiny.yaml --times 20
+    python train/kill_test.py train/recipes/tiny_lora.yaml --times 20
 
 Each time a fresh data_process, and then a fresh training, gets SIGKILL at a moment drawn from the time that
 it takes undisturbed, and is started again. The cache must be that of the undisturbed run, tensor by tensor;
@@ -111,7 +111,7 @@ def main() -> None:
     """Read the command line and test."""
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
-    parser.add_argument("config", type=Path, nargs="?", default=Path("train/recipes/tiny.yaml"))
+    parser.add_argument("config", type=Path, nargs="?", default=Path("train/recipes/tiny_lora.yaml"))
     parser.add_argument("--times", type=int, default=20, help="kills of data_process, and of training")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, default=Path("kill_test"), help="for all that is written")

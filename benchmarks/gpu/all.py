@@ -44,6 +44,7 @@ PARTS = (
         expected_s=160,
     ),
     Part(name="v1", script="v1_configurations", words=("--repeats", "1"), expected_s=210),
+    Part(name="experts", script="experts", expected_s=120),
     Part(name="train", script="train_step", words=("--repeats", "2"), expected_s=330),
 )
 

@@ -184,13 +184,14 @@ def role_of(paths: tuple[Path, ...], metadata: Mapping[str, str]) -> Role | None
         if (mark := role_mark(text)) is not None:
             return "high" if mark["role"].lower() == "high" else "low"
     folder = paths[0].parent if paths else Path()
-    if folder.name == "transformer_2":
-        return "low"
-    if folder.name == "transformer":
-        second = _pipeline_index(paths).get("transformer_2")
-        has_second = isinstance(second, list) and any(second)
-        return "high" if has_second or (folder.parent / "transformer_2").is_dir() else None
-    return None
+    if folder.name not in ("transformer", "transformer_2"):
+        return None
+    # The index names what belongs to the model; [null, null] there says that it has one DiT.
+    second = _pipeline_index(paths).get("transformer_2")
+    has_two = any(second) if isinstance(second, list) else (folder.parent / "transformer_2").is_dir()
+    if not has_two:
+        return None
+    return "low" if folder.name == "transformer_2" else "high"
 
 
 def role_mark(text: str) -> re.Match[str] | None:

@@ -173,9 +173,9 @@ def plan(  # noqa: PLR0913
         list[str], typer.Argument(metavar="MODEL...", help="Files, folders or patterns.", show_default=False)
     ],
     *,
-    height: Annotated[int, typer.Option(help="Pixels.")] = 480,
-    width: Annotated[int, typer.Option(help="Pixels.")] = 832,
-    num_frames: Annotated[int, typer.Option(help="4 k + 1.")] = 81,
+    height: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="4 k + 1; default: the model's.")] = None,
     vram: Annotated[float | None, typer.Option(help="GiB of the GPU that may be used.")] = None,
     ram: Annotated[float | None, typer.Option(help="GiB of host memory that may be used.")] = None,
     dtype: Annotated[DtypeName, typer.Option(help="Of the weights.")] = DtypeName.bf16,
@@ -189,14 +189,15 @@ def plan(  # noqa: PLR0913
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Say what a generation takes and how it is arranged within limits, by headers alone."""
-    from diffsynth.cli.plan import PlanRequest, run_plan
+    from diffsynth.cli.plan import USUAL, PlanRequest, run_plan
     from diffsynth.vram_management.plan import Rates
 
     told = {"copy_gbs": copy_gbs, "ring_gbs": ring_gbs, "tflops": tflops}
     with plain_errors():
         rates = Rates(**{name: rate for name, rate in told.items() if rate is not None})
         request = PlanRequest(
-            height=height, width=width, num_frames=num_frames, num_branches=1 if no_cfg else 2,
+            height=USUAL if height is None else height, width=USUAL if width is None else width,
+            num_frames=USUAL if num_frames is None else num_frames, num_branches=1 if no_cfg else 2,
             dtype=short_dtype(dtype.value), num_persistent=num_persistent, vram_gib=vram, ram_gib=ram,
             rates=rates,
         )  # fmt: skip
@@ -206,7 +207,7 @@ def plan(  # noqa: PLR0913
 @app.command(
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="For example: diffsynth train train/recipes/tiny.yaml --run.steps 500",
+    epilog="For example: diffsynth train train/recipes/tiny_lora.yaml --run.steps 500",
 )
 def train(context: typer.Context) -> None:
     """Train a LoRA, or everything: CONFIG.yaml [--key.sub value ...]; --help lists every key."""

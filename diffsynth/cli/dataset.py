@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from diffsynth.errors import ArgumentError
+from diffsynth.vram_management.rates import DEFAULT_RATES
 
 if TYPE_CHECKING:
     from diffsynth.training.dataset.clips import DatasetPlan
@@ -95,7 +96,9 @@ def check(  # noqa: PLR0913
     vram: Annotated[
         float | None, typer.Option(help="GB (1e9 bytes) of the GPU; names what will not fit.")
     ] = None,
-    tflops: Annotated[float, typer.Option(help="TFLOP/s in bfloat16.")] = 150.0,
+    tflops: Annotated[
+        float, typer.Option(help="TFLOP/s in bfloat16: RTX 4090 130, A100 180, H100 650.")
+    ] = DEFAULT_RATES.tflops,
     sheet: Annotated[Path | None, typer.Option(help="A .png: pictures of clips with their captions.")] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that read headers.")] = None,
     lists: Annotated[

@@ -14,6 +14,7 @@ from diffsynth.checkpoints.files import group_files
 from diffsynth.cli.flags import TORCH_NAMES
 from diffsynth.errors import AmbiguousModelError, CheckpointError, MemoryBudgetError, MissingModelError
 from diffsynth.models.registry import ARCHITECTURES, NOT_PLANNED
+from diffsynth.pipelines.usual import usual_values_of
 from diffsynth.vram_management.plan import (
     DiTSizes,
     LayerSpec,
@@ -24,6 +25,8 @@ from diffsynth.vram_management.plan import (
 )
 
 GIB = 2**30
+USUAL = -1  # a size that the model says
+STRIDE_22 = 16  # pixels along an edge of a latent position, of the Wan2.2 VAE
 STORED = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp8": "F8_E4M3"}
 NETWORKS = {  # architecture -> name in a pipeline; DiTs are told apart by their role
     "wan_video_text_encoder": "text_encoder",
@@ -45,9 +48,9 @@ IMAGE_TOKENS = 257  # of a picture, from the Wan2.1 image encoder
 class PlanRequest:
     """What the command was given."""
 
-    height: int
-    width: int
-    num_frames: int
+    height: int  # pixels, or USUAL
+    width: int  # pixels, or USUAL
+    num_frames: int  # 4 k + 1, or USUAL
     num_branches: int
     dtype: str  # "bf16", "fp16", "fp32" or "fp8"
     num_persistent: int | None
@@ -79,6 +82,20 @@ class Parts:
                 )
             ]
         return self._layers[dtype]
+
+    def filled(self, request: PlanRequest) -> PlanRequest:
+        """The request with the sizes that a call would have, where it names none."""
+        dit = self.matches.get("dit")
+        stride = 8 if dit is None else DiTSizes.from_config(dit.require_config()).spatial_stride
+        usual = usual_values_of(
+            "t2v" if dit is None else dit.family, has_two_experts="dit_low_noise" in self.matches,
+            is_22=stride == STRIDE_22, told={} if dit is None else dit.generation,
+        )  # fmt: skip
+        height, width, num_frames = (
+            int(str(usual[name])) if getattr(request, name) == USUAL else getattr(request, name)
+            for name in ("height", "width", "num_frames")
+        )
+        return replace(request, height=height, width=width, num_frames=num_frames)
 
     def plan(self, request: PlanRequest) -> MemoryPlan:
         """Plan a generation.
@@ -273,6 +290,7 @@ def run_plan(paths: list[str], request: PlanRequest, as_json: bool) -> None:
         SystemExit: with status 1 when it does not fit.
     """
     parts = find_parts(paths)
+    request = parts.filled(request)
     try:
         plan = parts.plan(request)
     except MemoryBudgetError as error:

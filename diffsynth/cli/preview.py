@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffsynth.cli.output import is_picture
 from diffsynth.video import VideoData, load_image, save_image
-from diffsynth.video.strips import strips
+from diffsynth.video.contact_sheet import Cell, Layout, contact_sheet, size_in
 
 if TYPE_CHECKING:
     from diffsynth.pipelines.components import PipelineComponents
@@ -45,17 +45,16 @@ def smaller(arguments: Mapping[str, Any], parts: PipelineComponents) -> tuple[di
         parts: of the pipeline; tell what the model does where the arguments do not.
     """
     from diffsynth.pipelines.presets import preset_values
-    from diffsynth.pipelines.request import usual_values
+    from diffsynth.pipelines.request import size_multiples, usual_values
 
     usual = {**usual_values(parts), **preset_values(arguments)}
     full: dict[str, Any] = {
         name: arguments.get(name, usual.get(name)) for name in ("height", "width", "num_inference_steps")
     }
     small = dict(full)
-    grid = _grid(parts)
     share = share_of(min(full["height"], full["width"]))
-    for side in ("height", "width"):
-        small[side] = max(1, round(full[side] * share / grid)) * grid
+    for side, multiple in zip(("height", "width"), size_multiples(parts), strict=True):
+        small[side] = max(1, round(full[side] * share / multiple)) * multiple
     small["num_inference_steps"] = few_steps(full["num_inference_steps"])
     if arguments.get("max_area") is not None:
         for side in ("height", "width"):
@@ -85,23 +84,22 @@ def save_sheet(paths: Sequence[Path], settings: Sequence[Mapping[str, object]], 
         settings: of each.
         target: .png.
     """
-    labels = [f"{path.name}   seed {each.get('seed')}" for path, each in zip(paths, settings, strict=True)]
-    sheet = strips([_moments(path) for path in paths], labels, width=SHEET_WIDTH)
+    cells = [
+        Cell(pictures=_moments(path), title=f"{path.name}   seed {each.get('seed')}")
+        for path, each in zip(paths, settings, strict=True)
+    ]
+    count = len(cells[0].pictures)
+    size = size_in(cells[0].pictures[0], num_pictures=count, width=SHEET_WIDTH)
+    sheet = contact_sheet(cells, Layout(size=size, num_pictures=count, num_lines=0, columns=1))
     save_image(sheet, target, metadata={**settings[0], "sheet_of": [path.name for path in paths]})
     return (
         f"{target}: {len(paths)} previews; go on with: diffsynth refine --from {shlex.quote(str(paths[0]))}"
     )
 
 
-def _moments(path: Path) -> list[Frame]:
+def _moments(path: Path) -> tuple[Frame, ...]:
     if is_picture(path):
-        return [load_image(path)]
+        return (load_image(path),)
     video = VideoData(path)
     last = len(video) - 1
-    return [video[round(last * moment / (MOMENTS - 1))] for moment in range(MOMENTS)]
-
-
-def _grid(parts: PipelineComponents) -> int:
-    """What height and width in pixels are multiples of."""
-    stride = 8 if parts.vae is None else parts.vae.spatial_stride
-    return stride * (2 if parts.high is None else parts.high.dit.config.patch_size[1])
+    return tuple(video[round(last * moment / (MOMENTS - 1))] for moment in range(MOMENTS))

@@ -20,7 +20,7 @@ Train a LoRA, or everything, on your videos and pictures: clips are encoded once
 then trained on (train), or both in one go. What a flag names replaces what the file says. The last part
 of a key is enough where only one section has it: --steps 500. data.0 is the first dataset.
 
-For example: diffsynth train train/recipes/tiny.yaml --steps 500 --resume latest
+For example: diffsynth train train/recipes/tiny_lora.yaml --steps 500 --resume latest
 """
 
 

@@ -53,7 +53,7 @@ class ControlConditioner:
                 "control_video was given, but no loaded model reads it: it needs a Fun-Control model."
             )
         if parts.vae is None:
-            raise MissingModelError("control_video needs the VAE; load it (Wan2.1_VAE.pth).")
+            raise MissingModelError(f"control_video needs the VAE; load it ({parts.vae_file}).")
         return True
 
     def needs_encoder(self, inputs: ControlInputs, parts: Components) -> bool:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FRAMES_OF_A_LATENT = 4  # pixel frames, except of the first latent, which is one frame
 IMAGE_TOKENS = 257  # of one picture, by the released encoder
-TAKERS = "I2V-14B, FLF2V-14B, Fun InP, Fun Control, Wan2.2 I2V-A14B and TI2V-5B take it"
+TAKERS = "I2V-14B, FLF2V-14B, Fun InP, Fun Control, Wan2.2 I2V-A14B, TI2V-5B and Fun-5B take it"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,9 +162,10 @@ class ImageConditioner:
 
     With a plane "mask" the video of these frames and grey between them is coded; without it (Fun Control and
     Camera of Wan2.1) the picture alone, as the first of latent frames that are zero otherwise.
-    TI2V has no planes: its first latent frame is that of the picture, and its clock stands at 0.
-    Source: Wan2.1 ``wan/image2video.py``, ``wan/first_last_frame2video.py``; VideoX-Fun for Control; Wan2.2
-    ``wan/textimage2video.py``.
+    TI2V has no planes: its first latent frame is that of the picture, and its clock stands at 0. Fun-5B,
+    made of it, has both: planes, and the first latent frame of "image" held clean.
+    Source: Wan2.1 ``wan/image2video.py``, ``wan/first_last_frame2video.py``; VideoX-Fun for Control and for
+    Fun-5B (wan_numerics 10.2); Wan2.2 ``wan/textimage2video.py``.
     """
 
     Inputs: ClassVar[type] = ImageInputs
@@ -227,11 +228,13 @@ class ImageConditioner:
             parts_of_video.append(fitted(inputs.end_image, inputs, geometry).to(video.device))
         plane = self._encode(torch.cat(parts_of_video, dim=2), inputs, parts)
         mask = known_frames(geometry, has_end=has_end).to(plane.device)
+        first = plane[:, :, :1].expand(geometry.num_videos, -1, -1, -1, -1)
         return Contribution(
             planes={
                 "mask": (mask.expand(geometry.num_videos, -1, -1, -1, -1), None),
                 "image": (plane.expand(shape), None),
-            }
+            },
+            latents=LatentPlan(pinned=first) if parts.holds_first_frame else None,
         )
 
     def _first_latent(self, inputs: ImageInputs, geometry: Geometry, parts: Components) -> Tensor:

@@ -48,7 +48,7 @@ class ReferenceConditioner:
                 "reference_image was given, but no loaded model reads it: it needs a Fun V1.1 Control model."
             )
         if parts.vae is None:
-            raise MissingModelError("reference_image needs the VAE; load it (Wan2.1_VAE.pth).")
+            raise MissingModelError(f"reference_image needs the VAE; load it ({parts.vae_file}).")
         return True
 
     def needs_encoder(self, inputs: ReferenceInputs, parts: Components) -> bool:

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -209,11 +210,14 @@ def _pad(rows: list[Tensor]) -> Tensor:
 
 
 def _warn_of_unknown_words(text: str, known: frozenset[str]) -> None:
-    if not known:
-        return
-    unknown = [word for word in re.findall(r"[^\W\d_]+", text.lower()) if word not in known]
-    if unknown:
-        listed = ", ".join(sorted(known)[:MAX_LISTED_WORDS])
-        logger.warning(
-            "This small model was not taught %s. It knows: %s.", ", ".join(map(repr, unknown)), listed
-        )
+    if known:
+        for word in re.findall(r"[^\W\d_]+", text.lower()):
+            if word not in known:
+                _warn_of(word, known)
+
+
+@cache
+def _warn_of(word: str, known: frozenset[str]) -> None:
+    """Once for each word: a dataset says the same ones in every caption."""
+    listed = ", ".join(sorted(known)[:MAX_LISTED_WORDS])
+    logger.warning("This small model was not taught %r. It knows: %s.", word, listed)

@@ -16,7 +16,7 @@ from diffsynth.conditioning.clips import Fit, about, check_length, check_picture
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution, LatentPlan
 from diffsynth.errors import ArgumentError, MissingModelError, UnusedInputError
-from diffsynth.sampling.registry import SAMPLERS
+from diffsynth.sampling.registry import sampler_for
 from diffsynth.video import frames_to_tensor, picture_size
 from diffsynth.video.pixels import iterate_frames
 
@@ -119,7 +119,7 @@ class VaceConditioner:
                 "input_video=, or leave the references out."
             )
         if parts.vae is None:
-            raise MissingModelError(f"{inputs.given[0]} needs the VAE; load it (Wan2.1_VAE.pth).")
+            raise MissingModelError(f"{inputs.given[0]} needs the VAE; load it ({parts.vae_file}).")
         if len(scales) > 1:
             _step_times(inputs, scales)
         return True
@@ -271,12 +271,10 @@ def _scales(inputs: VaceInputs) -> tuple[float, ...]:
 
 def _step_times(inputs: VaceInputs, scales: tuple[float, ...]) -> tuple[float, ...]:
     """Return what the network is told at each step; raises when there are more or fewer scales than steps."""
-    sampler = SAMPLERS[str(inputs.sampler)]()
-    if inputs.sigmas is not None:
-        sampler.set_sigmas(inputs.sigmas, inputs.timesteps)
-    else:
-        assert inputs.num_inference_steps is not None and inputs.sigma_shift is not None
-        sampler.reset(inputs.num_inference_steps, inputs.sigma_shift, inputs.denoising_strength)
+    sampler = sampler_for(
+        str(inputs.sampler), num_steps=inputs.num_inference_steps, shift=inputs.sigma_shift,
+        strength=inputs.denoising_strength, sigmas=inputs.sigmas, timesteps=inputs.timesteps,
+    )  # fmt: skip
     times = tuple(float(time) for time in sampler.timesteps)
     if len(times) != len(scales):
         raise ArgumentError(

@@ -56,6 +56,12 @@ class Dial:
             return 0.0
         return self.weight if self.schedule is None else self.schedule[min(self.step, len(self.schedule) - 1)]
 
+    def __str__(self) -> str:
+        """The strength in words: "strength 0.8", or "strengths 1, 0.5 by step"; and whether it is off."""
+        steps = ", ".join(f"{weight:g}" for weight in self.schedule or ())
+        text = f"strengths {steps} by step" if steps else f"strength {self.weight:g}"
+        return text if self.is_on else f"off ({text} when it is on)"
+
 
 class _Factors(nn.Module):
     """The tensors of one change, as parameters, and the formula that reads them."""

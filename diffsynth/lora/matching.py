@@ -40,13 +40,17 @@ class LoRAReport:
     missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # why -> keys
 
     def __str__(self) -> str:
+        return self.told(f"strength {self.weight:g}")
+
+    def told(self, strength: str) -> str:
+        """One line, with the strength in words."""
         lora = self.lora
         ranks = Counter(rank_of(layer.weight) for layer in lora.layers.values() if layer.weight is not None)
         kinds = ", ".join(kind for kind, _ in ranks.most_common(3))
         where = " and ".join(f"{count} layers of {title}" for title, count in self.fitted.items())
         text = (
             f"{self.source}: {_title(lora)} {self.name!r} ({lora.dialect}, {kinds}) "
-            f"{'fused into' if self.mode == 'fuse' else 'attached to'} {where}, strength {self.weight:g}: "
+            f"{'fused into' if self.mode == 'fuse' else 'attached to'} {where}, {strength}: "
             f"{self.num_keys_read} of {lora.num_keys} keys used"
         )
         for why, keys in self.missing.items():

@@ -92,8 +92,8 @@ class LoRAs:
         return list(self._held)
 
     def describe(self) -> list[str]:
-        """A line each."""
-        return [str(report) for held in self._held.values() for report in held.reports]
+        """A line each, with its strength as it is now."""
+        return [report.told(str(held.dial)) for held in self._held.values() for report in held.reports]
 
     def guard(self, around: Guard) -> None:
         """Enter this around every change; a bound method, which is not kept alive."""

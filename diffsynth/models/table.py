@@ -115,6 +115,17 @@ MODELS: tuple[ModelRow, ...] = (
     ModelRow(
         title="Wan2.2 TI2V 5B", kind="ti2v", checkpoints=(("wan2.2_ti2v_5b",),), widths=(MIDDLE,),
     ),
+    ModelRow(
+        title="Wan2.2 Fun 5B InP", kind="i2v-5b", checkpoints=(("wan2.2_fun_5b_inp",),), widths=(MIDDLE,),
+    ),
+    ModelRow(
+        title="Wan2.2 Fun 5B Control", kind="control-5b", checkpoints=(("wan2.2_fun_5b_control",),),
+        widths=(MIDDLE,),
+    ),
+    ModelRow(
+        title="Wan2.2 Fun 5B Control-Camera", kind="camera-5b",
+        checkpoints=(("wan2.2_fun_5b_control_camera",),), widths=(MIDDLE,),
+    ),
 )  # fmt: skip
 
 ADAPTERS: tuple[AdapterRow, ...] = (
@@ -171,7 +182,7 @@ class Facts:
             image_dim=dit.get("image_dim"),
             has_image_positions=dit.get("image_tokens_pos") is not None,
             adapters=frozenset(_door_name(name) for name in adapters),
-            holds_first_frame=holds_first_frame(dit["in_dim"], dit["out_dim"]),
+            holds_first_frame=holds_first_frame(dit["out_dim"]),
         )
 
     @classmethod

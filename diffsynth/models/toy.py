@@ -91,7 +91,25 @@ KINDS: dict[str, tuple[Sizes, Mapping[str, Sizes]]] = {
             }
         },
     ),
+    # with the Wan2.2 VAE
     "ti2v": ({"in_dim": VAE22_CHANNELS, "out_dim": VAE22_CHANNELS}, {}),
+    "i2v-5b": ({"in_dim": 2 * VAE22_CHANNELS + 4, "out_dim": VAE22_CHANNELS}, {}),
+    "control-5b": (
+        {"in_dim": 3 * VAE22_CHANNELS + 4, "out_dim": VAE22_CHANNELS},
+        {"wan_video_reference_adapter": {"dim": 48, "in_dim": VAE22_CHANNELS, "kernel_size": (2, 2)}},
+    ),
+    "camera-5b": (
+        {"in_dim": 2 * VAE22_CHANNELS + 4, "out_dim": VAE22_CHANNELS},
+        {
+            "wan_video_camera_adapter": {
+                "dim": 48,
+                "in_dim": 24,
+                "downscale": 16,
+                "kernel_size": (2, 2),
+                "num_residual_blocks": 1,
+            }
+        },
+    ),
 }
 
 _folders: list[TemporaryDirectory[str]] = []  # removed when the program ends

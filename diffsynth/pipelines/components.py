@@ -31,6 +31,7 @@ ENCODERS = {
 }  # name in the manager -> part of the pipeline
 # Wan2.2 wan/configs for text and for pictures; VideoX-Fun gives 0.875 to Fun Control
 BOUNDARY_T2V, BOUNDARY_OF_PICTURES = 0.875, 0.900
+VAE_FILES = {False: "Wan2.1_VAE.pth", True: "Wan2.2_VAE.pth"}  # whether the DiT is made for 48 channels
 
 
 @dataclass(kw_only=True)
@@ -83,7 +84,7 @@ class PipelineComponents:
     def vae_file(self) -> str:
         """Name of the released file of the VAE that the DiT was made for."""
         is_22 = self.high is not None and self.high.dit.config.out_dim == VAE22_CHANNELS
-        return "Wan2.2_VAE.pth" if is_22 else "Wan2.1_VAE.pth"
+        return VAE_FILES[is_22]
 
     @property
     def spatial_stride(self) -> int:

@@ -48,7 +48,7 @@ def describe(parts: PipelineComponents, precision: str, memory: MemoryPlan | Non
 def describe_loras(parts: PipelineComponents) -> list[str]:
     """Lines of text: each LoRA, and what of it fitted."""
     told = parts.loras.describe()
-    return ["LoRAs, strengths as loaded:", *(f"  {line}" for line in told)] if told else []
+    return ["LoRAs:", *(f"  {line}" for line in told)] if told else []
 
 
 def describe_memory(plan: MemoryPlan) -> list[str]:

@@ -102,7 +102,7 @@ class EncodingSession:
             ArgumentError: for sizes that the VAE does not code.
         """
         if self._parts.vae is None:
-            raise MissingModelError("No VAE is loaded; load Wan2.1_VAE.pth.")
+            raise MissingModelError(f"No VAE is loaded; load {self._parts.vae_file}.")
         # Bytes travel and become numbers there; arithmetic and layout are those of `frames_to_tensor`.
         levels = video.to(self._parts.device).permute(3, 0, 1, 2).contiguous()[None]
         pixels = levels.to(torch.float32).div_(127.5).sub_(1.0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffsynth.errors import ArgumentError
 from diffsynth.pipelines.request import VideoRequest
-from diffsynth.sampling.registry import SAMPLERS
+from diffsynth.sampling.registry import sampler_for
 from diffsynth.sampling.sampler import Sampler
 
 logger = logging.getLogger("diffsynth")
@@ -18,13 +18,10 @@ logger = logging.getLogger("diffsynth")
 def prepared_sampler(request: VideoRequest) -> Sampler:
     """Return the sampler of a request, set to its grid of noise levels."""
     options = request.options
-    sampler = SAMPLERS[str(options.sampler)]()
-    if options.sigmas is not None:
-        sampler.set_sigmas(options.sigmas, options.timesteps)
-    else:
-        assert options.num_inference_steps is not None and options.sigma_shift is not None
-        sampler.reset(options.num_inference_steps, options.sigma_shift, request.denoising_strength)
-    return sampler
+    return sampler_for(
+        str(options.sampler), num_steps=options.num_inference_steps, shift=options.sigma_shift,
+        strength=request.denoising_strength, sigmas=options.sigmas, timesteps=options.timesteps,
+    )  # fmt: skip
 
 
 def chosen_seed(request: VideoRequest) -> int | None:

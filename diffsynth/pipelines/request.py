@@ -6,9 +6,11 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import cache
 from math import prod
 from numbers import Integral
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import Tensor
@@ -25,6 +27,7 @@ from diffsynth.pipelines.components import PipelineComponents
 from diffsynth.pipelines.decoding import Tiling
 from diffsynth.pipelines.presets import preset_values
 from diffsynth.pipelines.saved_latents import check_latents_path
+from diffsynth.pipelines.usual import usual_values_of
 from diffsynth.sampling.registry import SAMPLERS
 from diffsynth.video import picture_size
 
@@ -70,21 +73,6 @@ class CallOptions:
     progress_bar_st: object = None  # accepted because v1 had it
 
 
-V1_DEFAULTS: dict[str, object] = {
-    "height": 480, "width": 832, "num_frames": 81, "num_inference_steps": 50, "cfg_scale": 5.0,
-    "sigma_shift": 5.0, "sampler": "euler",
-}  # fmt: skip
-# Models that v1 did not know: official values (Wan2.2 wan/configs). Key: family and whether there are two
-# experts.
-OFFICIAL_DEFAULTS: dict[tuple[str, bool], dict[str, object]] = {
-    ("t2v", True): {"height": 720, "width": 1280, "num_inference_steps": 40, "cfg_scale": 4.0,
-                    "cfg_scale_low_noise": 3.0, "sigma_shift": 12.0, "sampler": "unipc"},
-    ("i2v", True): {"height": 720, "width": 1280, "num_inference_steps": 40, "cfg_scale": 3.5,
-                    "sigma_shift": 5.0, "sampler": "unipc"},
-    ("ti2v", False): {"height": 704, "width": 1280, "num_frames": 121, "num_inference_steps": 50,
-                      "cfg_scale": 5.0, "sigma_shift": 5.0, "sampler": "unipc", "fps": 24},
-}  # fmt: skip
-
 # Arguments that v1 scripts carry and what would read them: their harmless values pass, others say what is
 # missing.
 UNREAD: dict[str, tuple[tuple[object, ...], str]] = {
@@ -119,8 +107,9 @@ class VideoRequest:
         return sum(getattr(inputs, "extra_frames", 0) for inputs in self.inputs.values())
 
 
-def known_arguments() -> dict[str, tuple[object, object]]:
-    """Every argument of ``pipe()`` with its annotation and default, prompts first."""
+@cache
+def known_arguments() -> Mapping[str, tuple[object, object]]:
+    """Every argument of ``pipe()`` with its annotation and default, prompts first. Read only."""
     known: dict[str, tuple[object, object]] = {}
     for kind in (TextInputs, CallOptions, *(c.Inputs for c in CONDITIONERS.values())):
         for f in fields(kind):
@@ -128,7 +117,7 @@ def known_arguments() -> dict[str, tuple[object, object]]:
     known["cfg_scale"] = ("float | None", None)
     for name, (harmless, _) in UNREAD.items():
         known[name] = ("object", harmless[-1])
-    return known
+    return MappingProxyType(known)
 
 
 def call_signature() -> inspect.Signature:
@@ -200,10 +189,10 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
 
 def usual_values(parts: PipelineComponents) -> dict[str, object]:
     """What arguments are when nobody gives them: the checkpoint's, the official, v1's, in this order."""
-    official = dict(OFFICIAL_DEFAULTS.get((parts.family, parts.low is not None), {}))
-    if "cfg_scale" in parts.generation:
-        official.pop("cfg_scale_low_noise", None)  # the checkpoint's scale is meant for both experts
-    return {**V1_DEFAULTS, **official, **parts.generation}
+    return usual_values_of(
+        parts.family, has_two_experts=parts.low is not None, is_22=parts.holds_first_frame,
+        told=parts.generation,
+    )  # fmt: skip
 
 
 def _known_only(arguments: Mapping[str, object]) -> dict[str, object]:
@@ -260,7 +249,7 @@ def _tiling(options: CallOptions, precision: str) -> CallOptions:
     return replace(options, tiled=tiled, tile_size=tiling.size, tile_stride=tiling.stride)
 
 
-def _multiples(parts: PipelineComponents) -> tuple[int, int]:
+def size_multiples(parts: PipelineComponents) -> tuple[int, int]:
     """What height and width in pixels are multiples of."""
     stride = parts.spatial_stride
     patch = (1, 2, 2) if parts.high is None else parts.high.dit.config.patch_size
@@ -276,13 +265,13 @@ def _sizes_of_picture(given: Mapping[str, object], parts: PipelineComponents) ->
     if replaced := [name for name in ("height", "width") if given.get(name) is not None]:
         raise ArgumentError(f"max_area= replaces {' and '.join(replaced)}; give one or the other.")
     rule = size_nearest if parts.holds_first_frame else size_within
-    height, width = rule(picture_size(image), max_area, _multiples(parts))
+    height, width = rule(picture_size(image), max_area, size_multiples(parts))
     return {"height": height, "width": width}
 
 
 def _geometry(options: CallOptions, parts: PipelineComponents, num_videos: int) -> Geometry:
     stride = parts.spatial_stride
-    multiples = _multiples(parts)
+    multiples = size_multiples(parts)
     channels = 16 if parts.high is None else parts.high.dit.config.out_dim
     height = _snapped("height", options.height, multiples[0], options.strict)
     width = _snapped("width", options.width, multiples[1], options.strict)

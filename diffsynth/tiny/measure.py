@@ -293,7 +293,13 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--colour", choices=tuple(TAUGHT_COLOURS), help="captions of this colour, which only a LoRA can teach"
     )
-    add("--lora", action="append", default=[], help="LoRA to load, at its own strength; may be repeated")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        help="LoRA to load, at its own strength; may be repeated. Of two experts, what the names of the two "
+        "files have in common loads both: NAME.safetensors for NAME_high_noise.safetensors and the other",
+    )
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights")
     add("--device", default="cpu")
     add("--json", action="store_true", help="write one JSON object per row instead of a table")

@@ -68,18 +68,25 @@ class Batches:
         size: samples of a step, over all ranks and accumulated passes.
         seed: of the order.
         indices: which of ``samples`` take part; None: all.
+        epoch_steps: what `epoch_of` counts by; 0: `steps_per_epoch`. Nothing that is drawn depends on it.
 
     Raises:
         ArgumentError: when there are none, or repeats are no positive number.
     """
 
     def __init__(
-        self, samples: Samples, *, size: int, seed: int, indices: Sequence[int] | None = None
+        self,
+        samples: Samples,
+        *,
+        size: int,
+        seed: int,
+        indices: Sequence[int] | None = None,
+        epoch_steps: int = 0,
     ) -> None:
         chosen = range(len(samples)) if indices is None else indices
         if not chosen:
             raise ArgumentError("There is no sample to train on; look at `diffsynth dataset check`.")
-        self.samples, self.size, self.seed = samples, size, seed
+        self.samples, self.size, self.seed, self._epoch_steps = samples, size, seed, epoch_steps
         by_bucket: dict[Hashable, list[int]] = {}
         for index in sorted(chosen, key=samples.sample_id):
             by_bucket.setdefault(samples.bucket(index), []).append(index)
@@ -98,7 +105,7 @@ class Batches:
 
     def epoch_of(self, step: int) -> int:
         """The epoch that a step belongs to."""
-        return step // self.steps_per_epoch
+        return step // (self._epoch_steps or self.steps_per_epoch)
 
     @property
     def notes(self) -> list[str]:

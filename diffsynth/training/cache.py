@@ -5,6 +5,8 @@ latent beside them into one file; see `samples` for the file and `cache_keys` fo
 the one hand, image encoder and VAE on the other come to the device once per `CacheConfig.block_clips` clips;
 each distinct caption is encoded once. Threads decode ahead and write behind.
 
+Clips that cannot be encoded are told to the log, and listed in a file beside the plan's own lists.
+
 Many processes share the work by ``rank`` and ``world``: every file of the dataset belongs to one of them. A
 process that is killed leaves only complete files, and goes on from there when it is started again.
 """
@@ -45,6 +47,8 @@ from diffsynth.training.cache_keys import (
 from diffsynth.training.cache_writer import remove_leftovers
 from diffsynth.training.dataset.clips import Clip, DatasetPlan, Dropped
 from diffsynth.training.dataset.columns import known_columns
+from diffsynth.training.dataset.items import LIST_PREFIX
+from diffsynth.training.dataset.planning import write_dropped
 from diffsynth.training.dataset.reading import ClipPixels, read_clip
 from diffsynth.training.samples import EncodedSample
 
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("diffsynth")
 
 MAX_NAMED = 5  # files in one line of the log
+NOT_ENCODED = f"{LIST_PREFIX}not_encoded"  # .txt, or with the number of a process that shares the work
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +72,7 @@ class CacheReport:
     num_bytes: int  # written
     num_captions: int  # texts that were encoded
     dropped: tuple[Dropped, ...]  # clips without a sample, and why
+    dropped_list: Path | None  # the file that names them
     stale: tuple[Path, ...]  # older samples of the same files, which training does not read
     removed_stale: bool
     seconds: float
@@ -74,7 +80,8 @@ class CacheReport:
     def __str__(self) -> str:
         text = (
             f"{self.num_written} clips encoded in {self.seconds:.0f} s ({self.num_bytes / GB:.2f} GB), "
-            f"{self.num_kept} were there already, {len(self.dropped)} dropped."
+            f"{self.num_kept} were there already, {len(self.dropped)} dropped"
+            f"{f' (listed in {self.dropped_list})' if self.dropped_list else ''}."
         )
         if self.stale:
             what = "were removed" if self.removed_stale else "remain; remove_stale=True removes them"
@@ -126,6 +133,7 @@ def process(
         tally = Tally(bar=bar, strict=config.strict, dropped=dropped)
         num_captions = encode_all(todo, pipe, config, tally, read)
     lost = {clip.media for clip in tally.dropped}
+    listed = _listed(tally.dropped, plan, config, rank, world)
     if clips and all(not job.path.exists() for job in jobs):
         reasons = "; ".join(sorted({d.reason for d in tally.dropped})[:3])
         raise ArgumentError(f"None of the {len(clips)} clips could be encoded: {reasons}")
@@ -133,11 +141,20 @@ def process(
     report = CacheReport(
         samples=tuple(job.path for job in jobs if job.path.exists()), num_written=tally.num_written,
         num_kept=len({job.path for job in jobs}) - len(todo), num_bytes=tally.num_bytes,
-        num_captions=num_captions, dropped=tuple(tally.dropped), stale=stale,
+        num_captions=num_captions, dropped=tuple(tally.dropped), dropped_list=listed, stale=stale,
         removed_stale=config.remove_stale, seconds=time.monotonic() - start,
     )  # fmt: skip
     logger.info("%s", report)
     return report
+
+
+def _listed(
+    dropped: Sequence[Dropped], plan: DatasetPlan, config: CacheConfig, rank: int, world: int
+) -> Path | None:
+    """Name the clips without a sample in a file; None when there is none, or no folder to put it into."""
+    folder = plan.list_folder or (Path(config.cache_dir).expanduser() if config.cache_dir else None)
+    name = f"{NOT_ENCODED}.txt" if world == 1 else f"{NOT_ENCODED}_{rank}.txt"
+    return None if folder is None else write_dropped(dropped, folder, name)
 
 
 def _check_parts(parts: PipelineComponents) -> None:

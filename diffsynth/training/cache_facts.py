@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
-from diffsynth.models.wan.dit_config import MASK_CHANNELS, DiTConfig
-from diffsynth.pipelines.components import PipelineComponents
+from diffsynth.models.wan.dit_config import MASK_CHANNELS, VAE22_CHANNELS, DiTConfig
+from diffsynth.pipelines.components import VAE_FILES, PipelineComponents
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +67,10 @@ class AssumedComponents(PipelineComponents):
     @property
     def holds_first_frame(self) -> bool:
         return self.facts.holds_first_frame
+
+    @property
+    def vae_file(self) -> str:
+        return VAE_FILES[self.facts.latent_channels == VAE22_CHANNELS]
 
     @property
     def adapters(self) -> frozenset[str]:

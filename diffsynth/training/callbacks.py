@@ -18,10 +18,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
 from diffsynth.errors import NotFiniteError, OutputPathError
+from diffsynth.training.checkpoints import EXPERTS
 from diffsynth.training.module import SAVE, STOP, StepReport, WanTrainingModule
 
 logger = logging.getLogger("diffsynth")
 
+OF_EXPERT = ("loss", "learning_rate", "grad_norm", "steps")  # told for each; the last, how many it has had
 TIMESTEP_BINS = (0, 200, 400, 600, 800, 1001)  # the loss is told for each
 SAVE_FILE, STOP_FILE = "save", "stop"  # in the output folder: touched by the user, removed when obeyed
 
@@ -31,11 +33,12 @@ def bin_names() -> list[str]:
     return [f"loss_t{low}_{min(1000, high)}" for low, high in pairwise(TIMESTEP_BINS)]
 
 
-def columns(datasets: Sequence[str]) -> list[str]:
-    """Everything that stands in ``metrics.csv`` beside the step."""
+def columns(datasets: Sequence[str], num_experts: int = 1) -> list[str]:
+    """Everything that stands in ``metrics.csv`` beside the step; of two experts, each has its own."""
+    own = [f"{name}_{role}_noise" for role in EXPERTS for name in OF_EXPERT] if num_experts > 1 else []
     return [
         "epoch", "loss", *bin_names(), *(f"loss_{name}" for name in datasets), "learning_rate", "grad_norm",
-        "steps_per_s", "data_wait_s", "peak_gb", "validation_loss",
+        "steps_per_s", "data_wait_s", "peak_gb", "validation_loss", *own,
     ]  # fmt: skip
 
 
@@ -86,6 +89,9 @@ class StepLog(Callback):
                 "data_wait_s": self._waits_s,
                 "peak_gb": peak_gb(),
             }
+            if report.role is not None:
+                values = (report.loss, report.learning_rate, report.grad_norm, report.steps_of_expert)
+                row |= {f"{n}_{report.role}_noise": v for n, v in zip(OF_EXPERT, values, strict=True)}
             if self.validation_loss is not None:
                 row["validation_loss"], self.validation_loss = self.validation_loss, None
             for one in trainer.loggers:

@@ -29,6 +29,7 @@ logger = logging.getLogger("diffsynth")
 
 LOGS, CHECKPOINTS = "lightning_logs", "checkpoints"
 NAME = re.compile(r"epoch=(?P<epoch>\d+)-step=(?P<step>\d+)\.ckpt")
+EXPERTS = ("high", "low")
 FORMAT = 1  # of the part under "diffsynth"
 MUST_AGREE = ("model", "method", "optimizer")  # of the facts; others may change, and are told
 
@@ -145,6 +146,15 @@ def read_state(path: Path) -> State:
     )  # fmt: skip
 
 
+def export_path(checkpoint: Path, role: str = "") -> Path:
+    """Of the safetensors file beside a checkpoint, under its stem; of two experts with "high" or "low".
+
+    ``load_lora`` takes the two of a pair by the name without a role.
+    """
+    suffix = f"_{role}_noise" if role else ""
+    return checkpoint.with_name(f"{checkpoint.stem}{suffix}.safetensors")
+
+
 def require_same_run(path: Path, state: State, facts: Mapping[str, str]) -> None:
     """Refuse to go on with another model or method; tell what else has changed.
 
@@ -184,8 +194,8 @@ def drop_old(folder: Path, keep: int, written: Path) -> None:
     old = [path for path in found if NAME.fullmatch(path.name) and path != written]
     for path in old[max(0, keep - 1) :] if keep else ():
         path.unlink(missing_ok=True)
-        for export in path.parent.glob(f"{path.stem}.*safetensors"):
-            export.unlink(missing_ok=True)
+        for role in ("", *EXPERTS):
+            export_path(path, role).unlink(missing_ok=True)
 
 
 class _Noting:

@@ -14,10 +14,10 @@ from diffsynth.errors import ArgumentError
 from diffsynth.training.cache_config import CacheConfig
 from diffsynth.training.dataset.config import DatasetConfig
 from diffsynth.training.objective import ObjectiveConfig
-from diffsynth.training.tuning import TuneConfig
+from diffsynth.training.tuning import WITH_FACTORS, TuneConfig
 
 Schedule = Literal["constant", "linear", "cosine", "cosine_restarts", "decay"]
-Strategy = Literal["auto", "ddp", "fsdp2", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
+Strategy = Literal["auto", "ddp", "fsdp2"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +43,9 @@ class MemoryConfig:
     offload: bool = False  # of what checkpointing keeps: it waits in host memory
     stream: bool = False  # frozen weights rest in host memory and come in for each pass; needs checkpointing
     compile: bool = False  # torch.compile of each block
+    # Of two experts, where the frozen weights of the one that is not in turn are; read without stream and
+    # fsdp2. "disk": in the files that they were loaded from.
+    idle_expert: Literal["device", "ram", "disk"] = "ram"
 
     def __post_init__(self) -> None:
         for name in ("offload", "stream"):
@@ -51,6 +54,28 @@ class MemoryConfig:
                     f"memory.{name} is on and gradient_checkpointing off, on which it rests; set "
                     "memory.gradient_checkpointing to full or keep_attention."
                 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsConfig:
+    """What the two experts of a Wan2.2 A14B model do not share; for a run with model.dit_low."""
+
+    boundary: float | None = None  # share of 1000: the high-noise expert from there on; none: the model's
+    turn: int = 1  # steps that an expert has at a time; more, and the experts change places less often
+    high_share: float | None = None  # of the turns, for the high-noise expert; none: that of its noise levels
+    low_learning_rate: float | None = None  # of the low-noise expert; none: optimizer.learning_rate
+    low_rank: int | None = None  # of its factors, alpha / rank staying as it is; none: tune.rank
+
+    def __post_init__(self) -> None:
+        for name in ("boundary", "high_share"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ArgumentError(f"experts.{name} is {value}; give a number between 0 and 1.")
+        _at_least(self.turn, 1, "experts.turn")
+        if self.low_rank is not None:
+            _at_least(self.low_rank, 1, "experts.low_rank")
+        if self.low_learning_rate is not None:
+            _above(self.low_learning_rate, 0, "experts.low_learning_rate", "1e-4 is usual for a LoRA")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +116,8 @@ class RunConfig:
     steps: int = 1000  # of the optimizer
     batch_size: int = 1  # samples of one pass on one GPU
     accumulate: int = 1  # passes of a step
+    # Steps of an epoch, in names of checkpoints and in logs; 0: until every clip had its repeats.
+    steps_per_epoch: int = 0
     seed: int = 0  # of order, noise, noise levels and caption dropout
     deterministic: bool = False  # only kernels that give the same bits each time; slower
     workers: int = 1  # processes that read cached samples; 0 reads in the training process
@@ -110,7 +137,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "nodes"):
             _at_least(getattr(self, name), 1, name)
-        for name in ("workers", "save_every", "keep_last", "devices", "seed"):
+        for name in ("workers", "save_every", "keep_last", "devices", "seed", "steps_per_epoch"):
             _at_least(getattr(self, name), 0, name)
         _above(self.timeout_s, 0, "timeout_s", "1800 is half an hour")
         if self.resume is not None and self.start_from is not None:
@@ -153,6 +180,7 @@ class TrainConfig:
     tune: TuneConfig = field(default_factory=TuneConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     samples: SampleConfig = field(default_factory=SampleConfig)
@@ -160,6 +188,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.run.task != "data_process" and not self.model.dit:
             raise ArgumentError("model.dit is empty; name the file of the DiT to train.")
+        self._check_experts()
         if self.memory.stream and self.run.strategy == "fsdp2":
             raise ArgumentError(
                 "memory.stream keeps the weights in host memory and run.strategy fsdp2 shards them over the "
@@ -172,6 +201,23 @@ class TrainConfig:
             )
         if not self.data:
             raise ArgumentError("data is empty; name a dataset: --data.0.path FOLDER.")
+
+    def _check_experts(self) -> None:
+        if not self.model.dit_low and self.experts != ExpertsConfig() and self.run.task != "data_process":
+            raise ArgumentError(
+                "The section experts is for two, and model.dit_low is empty; name the low-noise expert's "
+                "file there, or leave the section out."
+            )
+        if self.experts.low_rank is not None and self.tune.kind not in WITH_FACTORS:
+            raise ArgumentError(
+                f"experts.low_rank is {self.experts.low_rank} and tune.kind {self.tune.kind!r} has no rank; "
+                "leave it out."
+            )
+        if self.memory.idle_expert == "disk" and (self.memory.stream or self.run.strategy == "fsdp2"):
+            raise ArgumentError(
+                "memory.idle_expert is 'disk', and memory.stream and fsdp2 say themselves where weights are; "
+                "leave one of them out."
+            )
 
 
 def _at_least(value: float, least: float, name: str) -> None:

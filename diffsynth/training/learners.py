@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from diffsynth.checkpoints.hints import Role
 from diffsynth.conditioning.conditions import Conditions
 from diffsynth.denoising.expert import Expert
 from diffsynth.training.config import OptimizerConfig
@@ -41,7 +42,9 @@ class Learner:
     tuned: Tuned
     low: float = 0.0  # lowest timestep, 0 to 1000
     high: float = 1000.0
-    share: float = 1.0  # of the steps, against those of the others
+    share: float = 1.0  # of the turns, against those of the others
+    learning_rate: float = 1e-4  # at its highest
+    role: Role | None = None  # of two experts, which
     prefix: str = ""  # before the names of its tensors in a checkpoint
 
     def __post_init__(self) -> None:
@@ -64,7 +67,7 @@ class Learner:
         """For what trains, or for what stands in for it under stochastic rounding."""
         rounding = self.tuned.rounding
         stepped = self.parameters() if rounding is None else rounding.parameters()
-        return make_optimizer(stepped.values(), config)
+        return make_optimizer(stepped.values(), replace(config, learning_rate=self.learning_rate))
 
     @contextmanager
     def whole(self) -> Iterator[None]:

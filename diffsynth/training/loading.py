@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,12 +25,12 @@ from diffsynth.pipelines.components import PipelineComponents, collect
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.training.cache_facts import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, DiTFacts, assuming
 from diffsynth.training.cached_dataset import CachedDataset
-from diffsynth.training.config import ModelSources, TrainConfig
+from diffsynth.training.config import ExpertsConfig, ModelSources, TrainConfig
 from diffsynth.training.dataset.clips import DatasetPlan
 from diffsynth.training.dataset.planning import plan_dataset
 from diffsynth.training.learners import Denoiser, Learner
 from diffsynth.training.objective import FlowMatchObjective
-from diffsynth.training.tuning import WITH_FACTORS, Tuned, tune
+from diffsynth.training.tuning import WITH_FACTORS, TuneConfig, Tuned, tune
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -132,10 +132,15 @@ def load_networks(config: TrainConfig, objective: FlowMatchObjective) -> Loaded:
     manager.load_models([*(g[0] if len(g) == 1 else list(g) for g in named), *sources.adapters])
     dits = [entry for entry in manager.loaded if entry.name == "wan_video_dit"]
     if len(dits) != len(named):
-        raise ArgumentError(f"The files of model.dit hold {len(dits)} DiTs; expected {len(named)}.")
+        raise ArgumentError(
+            f"The files of model.dit and model.dit_low hold {len(dits)} DiTs; expected {len(named)}: one in "
+            "each, the high-noise expert in model.dit and the low-noise one in model.dit_low."
+        )
     dtype = manager.torch_dtype or torch.bfloat16
     parts = collect(manager, device=torch.device("cpu"), dtype=dtype)
     assert parts.high is not None
+    if config.experts.boundary is not None:
+        parts.boundary = config.experts.boundary
     networks = [n for one in (parts.high, parts.low) if one is not None for n in (one.dit, *one.adapters)]
     identity = hashlib.sha256(b"".join(fingerprint(network) for network in networks)).hexdigest()[:16]
     return Loaded(
@@ -147,20 +152,36 @@ def load_networks(config: TrainConfig, objective: FlowMatchObjective) -> Loaded:
 def _learners(parts: PipelineComponents, config: TrainConfig, objective: FlowMatchObjective) -> list[Learner]:
     assert parts.high is not None
     experts = [one for one in (parts.high, parts.low) if one is not None]
-    tuned = [tune(one.dit, one.adapters, config.tune) for one in experts]
+    configs = [config.tune] if len(experts) == 1 else [config.tune, tune_of_low(config)]
+    tuned = [tune(e.dit, e.adapters, one) for e, one in zip(experts, configs, strict=True)]
     if config.run.start_from is not None:
         _start_from(Path(config.run.start_from), tuned)
+    rate = config.optimizer.learning_rate
     if len(experts) == 1:
-        return [Learner(denoiser=Denoiser(experts[0]), tuned=tuned[0])]
+        return [Learner(denoiser=Denoiser(experts[0]), tuned=tuned[0], learning_rate=rate)]
     limit = parts.boundary * 1000
+    for low, high in ((limit, 1000.0), (0.0, limit)):  # raises where an expert would never be asked
+        objective.sigma_at(0.5, low, high)
     levels = [objective.sigma_at((i + 0.5) / QUANTILES) * 1000 for i in range(QUANTILES)]
-    share = sum(level >= limit for level in levels) / QUANTILES
-    # As load_lora tells the tensors of two experts apart.
-    ranges = ((limit, 1000.0, share, "pipe.dit."), (0.0, limit, 1 - share, "pipe.dit2."))
+    share = config.experts.high_share or sum(level >= limit for level in levels) / QUANTILES
+    # Prefixes as load_lora tells the tensors of two experts apart.
     return [
-        Learner(denoiser=Denoiser(expert), tuned=one, low=low, high=high, share=share, prefix=prefix)
-        for expert, one, (low, high, share, prefix) in zip(experts, tuned, ranges, strict=True)
-    ]
+        Learner(
+            denoiser=Denoiser(experts[0]), tuned=tuned[0], low=limit, share=share, learning_rate=rate,
+            role="high", prefix="pipe.dit.",
+        ),
+        Learner(
+            denoiser=Denoiser(experts[1]), tuned=tuned[1], high=limit, share=1 - share,
+            learning_rate=config.experts.low_learning_rate or rate, role="low", prefix="pipe.dit2.",
+        ),
+    ]  # fmt: skip
+
+
+def tune_of_low(config: TrainConfig) -> TuneConfig:
+    """What trains of the low-noise expert: as of the other, but for its rank, alpha / rank staying."""
+    rank = config.experts.low_rank or config.tune.rank
+    alpha = None if config.tune.alpha is None else config.tune.alpha * rank / config.tune.rank
+    return replace(config.tune, rank=rank, alpha=alpha)
 
 
 def _start_from(path: Path, tuned: list[Tuned]) -> None:
@@ -183,11 +204,14 @@ def run_facts(config: TrainConfig, loaded: Loaded, samples: CachedDataset, world
     method = f"{tune_config.kind} of {', '.join(tune_config.networks)}"
     if tune_config.kind in WITH_FACTORS:
         method += (
-            f", rank {tune_config.rank}, alpha {alpha_of(config):g}, targets {' '.join(tune_config.targets)}"
+            f", rank {tune_config.rank}, alpha {alpha_of(tune_config):g}, targets "
+            f"{' '.join(tune_config.targets)}"
         )
+        if config.experts.low_rank is not None:
+            method += f", rank {config.experts.low_rank} in the low-noise expert"
     elif tune_config.parts:
         method = f"parts {' '.join(tune_config.parts)}"
-    return {
+    told = {
         "model": f"{' '.join(Path(p).name for p in config.model.dit)} ({loaded.identity})",
         "method": method,
         "optimizer": config.optimizer.name,
@@ -198,16 +222,22 @@ def run_facts(config: TrainConfig, loaded: Loaded, samples: CachedDataset, world
         "seed": str(run.seed),
         "samples of a step": str(run.batch_size * run.accumulate * world),
     }
+    if config.experts != ExpertsConfig():
+        told["experts"] = json.dumps(asdict(config.experts))
+    return told
 
 
-def alpha_of(config: TrainConfig) -> float:
+def alpha_of(config: TuneConfig) -> float:
     """Of the factors."""
-    return float(config.tune.rank if config.tune.alpha is None else config.tune.alpha)
+    return float(config.rank if config.alpha is None else config.alpha)
 
 
-def file_metadata(config: TrainConfig, loaded: Loaded, facts: Mapping[str, str], step: int) -> dict[str, str]:
+def file_metadata(
+    config: TrainConfig, loaded: Loaded, facts: Mapping[str, str], step: int, learner: Learner
+) -> dict[str, str]:
     """What exports and checkpoints say about themselves, in the words of this package and of others."""
-    base = " ".join(Path(path).name for path in config.model.dit)
+    files = config.model.dit_low if learner.role == "low" else config.model.dit
+    base = " ".join(Path(path).name for path in files)
     is_lora = config.tune.kind in WITH_FACTORS
     told = {
         "base_model": base, "base_model_identity": loaded.identity, "trigger": config.run.trigger,
@@ -219,13 +249,15 @@ def file_metadata(config: TrainConfig, loaded: Loaded, facts: Mapping[str, str],
         "modelspec.title": Path(config.run.output).resolve().name,
         "modelspec.trigger_phrase": config.run.trigger,
         "ss_sd_model_name": base, "ss_output_name": Path(config.run.output).resolve().name,
-        "ss_steps": str(step), "ss_learning_rate": str(config.optimizer.learning_rate),
+        "ss_steps": str(step), "ss_learning_rate": str(learner.learning_rate),
         "ss_optimizer": config.optimizer.name, "ss_seed": str(config.run.seed),
         "ss_batch_size_per_device": str(config.run.batch_size),
         "ss_gradient_accumulation_steps": str(config.run.accumulate),
     }  # fmt: skip
+    if learner.role is not None:
+        told["expert"] = learner.role
     if is_lora:
-        rank, alpha = str(config.tune.rank), f"{alpha_of(config):g}"
+        rank, alpha = str(learner.tuned.config.rank), f"{alpha_of(learner.tuned.config):g}"
         return {
             **told, "rank": rank, "alpha": alpha, "ss_network_dim": rank, "ss_network_alpha": alpha,
             "ss_network_module": "networks.lora_wan",
@@ -234,10 +266,12 @@ def file_metadata(config: TrainConfig, loaded: Loaded, facts: Mapping[str, str],
     return {**loaded.metadata, **told}
 
 
-def checkpoint_metadata(config: TrainConfig, told: Mapping[str, str], names: list[str]) -> dict[str, str]:
+def checkpoint_metadata(config: TrainConfig, told: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
     """`file_metadata`, and alpha where readers of LoRA files look for it: by the first part of the names."""
     if config.tune.kind not in WITH_FACTORS:
         return dict(told)
     tops = sorted({name.partition(".")[0] for name in names})
-    alphas = {f"{top}.lora_alpha": alpha_of(config) for top in tops}
+    alphas: dict[str, object] = {f"{top}.lora_alpha": alpha_of(config.tune) for top in tops}
+    if config.experts.low_rank is not None:
+        alphas["pipe.alpha_pattern"] = {r"pipe\.dit2\..*": alpha_of(tune_of_low(config))}
     return {**told, "lora_adapter_metadata": json.dumps(alphas)}

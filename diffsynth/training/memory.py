@@ -13,13 +13,14 @@ from typing import Literal
 
 from diffsynth.errors import ArgumentError
 from diffsynth.vram_management.activations import FLOAT32, WORKSPACE_BYTES, Workload
-from diffsynth.vram_management.layers import NetworkSize
+from diffsynth.vram_management.layers import DTYPE_BYTES, NetworkSize
 from diffsynth.vram_management.rates import DiTSizes
 
 # u of one block that its backward pass needs, besides the feed-forward layer's hidden numbers
 KEPT_OF_BLOCK = {"factors": 15, "whole": 19}
 KEPT_OF_HIDDEN = 2  # times the hidden numbers of the feed-forward layer: before and after its GELU
 IN_PASSING = 4  # u: gradients of a stream and a float32 piece on the way
+TEXT_DIM, TIME_DIM = 4096, 256  # of umT5-XXL, and of the sines that a timestep becomes
 OFFLOADED_STAY = 4  # u: inputs that leave, come back and are in use, with offload
 
 Checkpointing = Literal["none", "full", "keep_attention"]
@@ -64,6 +65,17 @@ class TrainingMemory:
 def num_lora_parameters(dit: DiTSizes, rank: int) -> int:
     """Numbers of a LoRA on q, k, v, o of both attentions and both layers of the feed-forward, every block."""
     return dit.num_layers * rank * (8 * 2 * dit.dim + 2 * (dit.dim + dit.ffn_dim))
+
+
+def size_of_dit(dit: DiTSizes) -> NetworkSize:
+    """Weigh a DiT in bfloat16 by its sizes, where no header is at hand; norms and biases are left out."""
+    blocks = dit.num_layers * (8 * dit.dim**2 + 2 * dit.dim * dit.ffn_dim)  # two attentions, feed-forward
+    rest = 8 * dit.dim**2 + (TEXT_DIM + TIME_DIM) * dit.dim  # embeddings of text and time, modulation
+    num_bytes = (blocks + rest) * DTYPE_BYTES["BF16"]
+    return NetworkSize(
+        name="dit", num_parameters=blocks + rest, num_bytes=num_bytes, unmapped_bytes=0, blocks=(),
+        rest_parameters=rest, rest_bytes=rest * DTYPE_BYTES["BF16"], table_bytes=0, fp8_parameters=0,
+    )  # fmt: skip
 
 
 def training_memory(

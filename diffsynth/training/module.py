@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor, nn
 
+from diffsynth.checkpoints.hints import Role
 from diffsynth.errors import ArgumentError, NotFiniteError
 from diffsynth.training.batches import Batches, Pick, chance
 from diffsynth.training.config import TrainConfig
@@ -51,6 +53,8 @@ class StepReport:
     learning_rate: float
     grad_norm: float  # before it was clipped
     wishes: int  # SAVE and STOP, of any rank
+    role: Role | None = None  # of two experts, whose step it was
+    steps_of_expert: int = 0  # that it has done, this one counted
 
     @property
     def loss(self) -> float:
@@ -92,7 +96,10 @@ class WanTrainingModule(LightningModule):
         self._restored = (list(optimizer_states), list(averages))
         self._measured: list[Tensor] = []
         self._is_placed = False
-        self.placing = Placing(config.memory)
+        self.placing = Placing(config.memory, Path(config.run.output))
+        self._steps_of = [0] * len(self.learners)  # done by each expert
+        for step in range(start) if len(self.learners) > 1 else ():
+            self._steps_of[self.expert_of(step)] += 1
         # Only what is trained: a frozen base is neither moved, nor compared between ranks, nor saved.
         self.trained = nn.ParameterList(p for one in self.learners for p in one.parameters().values())
 
@@ -140,9 +147,10 @@ class WanTrainingModule(LightningModule):
         return self.averages[number].in_place_of(self.learners[number].parameters())
 
     def expert_of(self, step: int) -> int:
-        """Whose turn it is: a function of (seed, step)."""
+        """Whose turn it is: a function of (seed, step), the same on every rank."""
         shares = [learner.share for learner in self.learners]
-        place, reached = chance(self.config.run.seed, step, "expert") * sum(shares), 0.0
+        turn = step // self.config.experts.turn
+        place, reached = chance(self.config.run.seed, turn, "expert") * sum(shares), 0.0
         for number, share in enumerate(shares):
             reached += share
             if place < reached:
@@ -180,9 +188,11 @@ class WanTrainingModule(LightningModule):
             batch: of one bucket.
             step: noise and noise level are functions of it, of the seed, and of ``draw_ids``.
             draw_ids: one per sample.
-            quantile: instead of drawn noise levels, that at this quantile.
+            quantile: instead of drawn noise levels, that at this quantile of all of them, which must be one
+                of this learner's.
         """
         require_plain(batch)
+        self.placing.use(learner)
         objective, pinned = self.objective, batch.plan.num_pinned
         device = learner.denoiser.dit.device
         latents = batch.latents.to(device, torch.float32)
@@ -190,8 +200,7 @@ class WanTrainingModule(LightningModule):
             self.config.run.seed, step, draw_ids, latents.shape[1:], learner.low, learner.high
         )
         if quantile is not None:
-            level = objective.sigma_at(min(quantile, 1 - 1e-9), learner.low, learner.high)
-            sigma = torch.full_like(sigma, level)
+            sigma = torch.full_like(sigma, objective.sigma_at(min(quantile, 1 - 1e-9)))
         noisy = batch.plan.pin(objective.noisy(latents, noise, sigma))
         told = objective.timesteps(sigma, latents.shape[2], pinned)
         velocity = learner.denoiser(noisy, told, batch.conditions)
@@ -218,7 +227,7 @@ class WanTrainingModule(LightningModule):
                 f"The gradients of step {step + 1} are not finite (the loss is {float(losses.mean()):.4g}), "
                 f"with {_named(picks)}. Lower optimizer.learning_rate, or look at these samples."
             )
-        rate = self.config.optimizer.learning_rate * learning_rate_factor(
+        rate = learner.learning_rate * learning_rate_factor(
             step, self.config.run.steps, self.config.optimizer
         )
         set_learning_rate(optimizer.optimizer, rate)
@@ -230,6 +239,7 @@ class WanTrainingModule(LightningModule):
         if self.averages:
             self.averages[number].update(parameters, step + 1)
         self.done = step + 1
+        self._steps_of[number] += 1
         self.report = StepReport(
             step=self.done,
             picks=picks,
@@ -238,6 +248,8 @@ class WanTrainingModule(LightningModule):
             learning_rate=rate,
             grad_norm=norm,
             wishes=wishes,
+            role=learner.role,
+            steps_of_expert=self._steps_of[number],
         )
 
     def _gathered(self) -> tuple[Tensor, Tensor, int]:

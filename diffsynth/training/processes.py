@@ -15,7 +15,6 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 
 from diffsynth.errors import ArgumentError, DiffSynthError
 from diffsynth.training.config import RunConfig, TrainConfig
-from diffsynth.training.deepspeed import deepspeed_strategy
 
 # What the libraries say when another process is gone or silent.
 SIGNS_OF_A_LOST_RANK = ("closed by peer", "Connection reset", "imed out", "timeout", "NCCL", "gloo")
@@ -71,8 +70,6 @@ def strategy_of(run: RunConfig, world: int, num_experts: int) -> str | Strategy:
             save_distributed_checkpoint=False,
             timeout=timeout,
         )
-    if run.strategy.startswith("deepspeed"):
-        return deepspeed_strategy(run.strategy, timeout)
     if world == 1 and run.strategy == "auto":
         return "auto"
     return DDPStrategy(timeout=timeout, find_unused_parameters=num_experts > 1)

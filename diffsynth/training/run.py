@@ -27,6 +27,7 @@ from diffsynth.training.checkpoints import (
     State,
     checkpoint_path,
     drop_old,
+    export_path,
     find_resume,
     read_state,
     require_room,
@@ -36,6 +37,7 @@ from diffsynth.training.checkpoints import (
 )
 from diffsynth.training.config import TrainConfig
 from diffsynth.training.config_files import save_config
+from diffsynth.training.dataset.planning import log_plan
 from diffsynth.training.loading import (
     Loaded,
     checkpoint_metadata,
@@ -118,6 +120,8 @@ def _fill_cache(config: TrainConfig, device: torch.device, ranks: Ranks) -> None
     facts = facts_of(config.model)
     plan = plan_data(config, facts)
     rank, world = (ranks.rank, ranks.world) if ranks.is_external else (0, 1)
+    if rank == 0:
+        log_plan(plan)
     if device.type == "cuda" and ranks.is_external:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     process(plan, encoding_pipeline(config, facts, device), config.cache, rank=rank, world=world)
@@ -157,7 +161,7 @@ class Run:
         trained, self._held_out = split(self._samples, config.samples.holdout, config.samples.every)
         batches = Batches(
             self._samples, size=config.run.batch_size * config.run.accumulate * ranks.world,
-            seed=config.run.seed, indices=trained,
+            seed=config.run.seed, indices=trained, epoch_steps=config.run.steps_per_epoch,
         )  # fmt: skip
         for note in batches.notes:
             logger.warning("%s", note)
@@ -202,11 +206,11 @@ class Run:
         path = checkpoint_path(self.folder, state)
         # An error is raised when all ranks have done what they do together: nobody waits for this one.
         failure = self._written(lambda: write_state(path, state))
-        told = file_metadata(self.config, self._loaded, self._facts, state.step)
         optimizers = module.optimizers(use_pl_optimizer=False)
         some: list[Any] = optimizers if isinstance(optimizers, list) else [optimizers]
         for number, learner in enumerate(module.learners):
-            target = self._export_path(path, number)
+            target = export_path(path, learner.role or "")
+            told = file_metadata(self.config, self._loaded, self._facts, state.step, learner)
             export = partial(learner.tuned.export, target, self.config.run.export_format, told)
             with evaluated(some), module.shown(number), learner.whole():
                 failure = failure or self._written(export)
@@ -216,11 +220,6 @@ class Run:
             drop_old(self.folder, self.config.run.keep_last, path)
             logger.info("Step %d: saved %s", state.step, path)
         return path
-
-    def _export_path(self, checkpoint: Path, number: int) -> Path:
-        """Beside the checkpoint under its stem; of two experts, with the one it is for."""
-        middle = "" if len(self.module.learners) == 1 else (".high", ".low")[number]
-        return checkpoint.with_name(f"{checkpoint.stem}{middle}.safetensors")
 
     def _written(self, write: Callable[[], object]) -> OutputPathError | None:
         try:
@@ -249,7 +248,7 @@ class Run:
             for learner in module.learners
             for name, parameter in learner.parameters().items()
         }
-        told = file_metadata(self.config, self._loaded, self._facts, module.done)
+        told = file_metadata(self.config, self._loaded, self._facts, module.done, module.learners[0])
         return State(
             step=module.done, epoch=module.batches.epoch_of(max(0, module.done - 1)), tensors=tensors,
             optimizers=[], averages=[], facts=self._facts,
@@ -286,7 +285,8 @@ class Run:
         )  # fmt: skip
 
     def _loggers(self, datasets: Sequence[str]) -> list[Logger]:
-        csv_log, events = CsvLog(self.folder, columns(datasets)), EventLog(self.folder)
+        num_experts = len(self.module.learners)
+        csv_log, events = CsvLog(self.folder, columns(datasets, num_experts)), EventLog(self.folder)
         if self._ranks.rank == 0 and self.config.run.resume is not None:
             csv_log.cut(self.module.start)
             events.begin_again(self.module.start)
@@ -316,7 +316,7 @@ class Run:
         self, losses: tuple[float, ...], saved: tuple[int, Path] | None, stopped_by: str | None
     ) -> RunReport:
         path = None if saved is None else saved[1]
-        export = None if path is None else self._export_path(path, 0)
+        export = None if path is None else export_path(path, self.module.learners[0].role or "")
         return RunReport(
             step=self.module.done, losses=losses, checkpoint=path, export=export, folder=self.folder,
             stopped_by=stopped_by,

@@ -108,7 +108,7 @@ def validation_losses(module: WanTrainingModule, samples: CachedDataset, held_ou
     """
     rank, world = module.global_rank, module.trainer.world_size
     quantiles = module.config.samples.quantiles
-    sums = torch.zeros(len(quantiles), device=module.learners[0].denoiser.dit.device)
+    sums = torch.zeros(len(quantiles), device=module.device)
     rounds = range(0, len(held_out), world)
     for first in tqdm(rounds, desc="validation", unit="sample", leave=False, disable=rank != 0):
         place = first + rank
@@ -159,6 +159,7 @@ class PromptVideos:
 
         # Now and not before: a pipeline lets its networks rest where they were when it was made.
         self._pipe = self._pipe or self._made()
+        module.placing.rest()
         settings = self._config.samples
         names = ("height", "width", "num_frames", "num_inference_steps", "cfg_scale")
         given = {name: value for name in names if (value := getattr(settings, name)) is not None}

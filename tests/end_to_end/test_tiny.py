@@ -33,9 +33,6 @@ def test_package_data_stays_small() -> None:
     assert sum(f.stat().st_size for f in files) <= 12_000_000
 
 
-UNDERTRAINED = "the shipped weights draw colours and backgrounds as told, shapes and motions not yet"
-
-
 @pytest.fixture(scope="module", params=["euler", "unipc", "dpm++"])
 def row(request: pytest.FixtureRequest, pipe: WanVideoPipeline) -> Tally:
     captions = _captions(CAPTIONS // 3, seed=100 + len(request.param))
@@ -43,14 +40,9 @@ def row(request: pytest.FixtureRequest, pipe: WanVideoPipeline) -> Tally:
     return tally(request.param, captions, list(clips), 1.0)
 
 
-def test_videos_show_the_colours_that_captions_say(row: Tally) -> None:
-    # 8 clips: one slip passes; shares over many captions are in the README.
-    assert row.colour >= 87 and row.count >= 87, row
-
-
-@pytest.mark.xfail(reason=UNDERTRAINED, strict=True)
-def test_videos_show_the_shapes_and_motions_that_captions_say(row: Tally) -> None:
-    assert row.shape >= 87 and row.motion >= 87, row
+def test_videos_show_what_captions_say(row: Tally) -> None:
+    # 8 clips: one slip of each kind passes; shares over many captions are in the README.
+    assert min(row.colour, row.shape, row.motion, row.count) >= 87, row
 
 
 @pytest.mark.parametrize("num_frames", [5, 9, 25])

@@ -166,16 +166,16 @@ def test_missing_peer_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_parts_that_do_not_fit_are_put_off() -> None:
     now, later = all_parts.choose(all_parts.PARTS, seconds=400, slower=1.0)
     assert [part.name for part in now] == ["480P", "vae"]
-    assert [part.name for part in later] == ["fp8", "720P", "v1", "train"]
+    assert [part.name for part in later] == ["fp8", "720P", "v1", "experts", "train"]
     assert all_parts.choose(all_parts.PARTS, seconds=400, slower=10.0)[0] == []
 
 
 def test_all_names_the_parts_it_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         all_parts.main(["--out", str(tmp_path), "--parts", "vea"])
-    assert "known: 480P, vae, fp8, 720P, v1, train" in capsys.readouterr().err
+    assert "known: 480P, vae, fp8, 720P, v1, experts, train" in capsys.readouterr().err
     assert all_parts.main(["--out", str(tmp_path), "--minutes", "0"]) == 0
-    assert "no time for: --parts 480P,vae,fp8,720P,v1,train" in capsys.readouterr().out
+    assert "no time for: --parts 480P,vae,fp8,720P,v1,experts,train" in capsys.readouterr().out
 
 
 def test_part_that_fails_or_hangs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

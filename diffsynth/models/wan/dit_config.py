@@ -45,12 +45,12 @@ class DiTConfig:
     @property
     def holds_first_frame(self) -> bool:
         """Whether a given first frame is a latent that stays clean, with a clock of its own."""
-        return holds_first_frame(self.in_dim, self.out_dim)
+        return holds_first_frame(self.out_dim)
 
 
-def holds_first_frame(in_dim: int, out_dim: int) -> bool:
-    """Tell TI2V: latents of the Wan2.2 VAE, and no planes beside them that could show a picture."""
-    return in_dim == out_dim == VAE22_CHANNELS
+def holds_first_frame(out_dim: int) -> bool:
+    """Tell TI2V-5B and what was made of it (Fun-5B): its latents are those of the Wan2.2 VAE."""
+    return out_dim == VAE22_CHANNELS
 
 
 def plane_channels(in_dim: int, out_dim: int) -> dict[str, int]:

@@ -90,6 +90,7 @@ class DatasetPlan:
     notes: tuple[Note, ...] = ()
     num_items: int = 0  # as listed
     lists: tuple[Path, ...] = ()  # files that name what was left out
+    list_folder: Path | None = None  # where more such files may go
 
     @property
     def buckets(self) -> dict[Bucket, int]:

@@ -58,8 +58,8 @@ def plan_dataset(
         model_fps: frames per second that the model was made for: 16, of TI2V-5B 24.
         grid: height and width that sizes are multiples of: VAE stride x patch; of TI2V-5B (32, 32).
         workers: threads that read headers; None: by the number of cores.
-        list_folder: where files and reasons of what is left out are written; None: beside each dataset, or in
-            the system's temporary folder where that may not be written.
+        list_folder: where files and reasons of what is left out are written; None: beside each dataset. Where
+            that may not be written it is the system's temporary folder.
         decode: also decode every frame of every clip, which finds damage behind a good header; takes long.
 
     Returns:
@@ -94,6 +94,7 @@ def plan_dataset(
         notes=tuple(note for part in parts for note in part.notes),
         num_items=sum(part.num_items for part in parts),
         lists=tuple(lists),
+        list_folder=list_folder or listings[0].root,
     )
 
 
@@ -187,7 +188,7 @@ def _check_captions(config: DatasetConfig, listing: Listing, list_folder: Path |
             listing.notes.append(Note(media=None, text=text, dataset=listing.name))
         return
     lines = [f"{item.place}\t{item.media}" for item in missing]
-    file = write_list(lines, listing, list_folder, CAPTIONS_FILE)
+    file = write_list(lines, list_folder or listing.root, CAPTIONS_FILE)
     several = f"{len(missing)} of {len(listing.items)} files have no caption"
     raise ArgumentError(
         f"{listing.source}: {several}, the first is {missing[0].place}; all of them: {file}. Write a text "
@@ -210,19 +211,24 @@ def _check_usable(config: DatasetConfig, listing: Listing, part: DatasetPlan, li
 
 
 def _write_dropped(part: DatasetPlan, listing: Listing, list_folder: Path | None) -> Path | None:
-    lines = [f"{dropped.media}\t{dropped.reason}" for dropped in part.dropped]
+    return write_dropped(part.dropped, list_folder or listing.root, DROPPED_FILE)
+
+
+def write_dropped(dropped: Sequence[Dropped], folder: Path, name: str) -> Path | None:
+    """Write files and reasons, a line each; None when nothing was dropped, and an old list is emptied."""
+    lines = [f"{one.media}\t{one.reason}" for one in dropped]
+    # A list of an earlier look at the same files does not stay: nothing of it is true any more.
     if lines:
-        return write_list(lines, listing, list_folder, DROPPED_FILE)
-    with_old = (list_folder or listing.root) / DROPPED_FILE
-    if with_old.is_file():  # of an earlier look at the same files; nothing of it is true any more
-        write_list([], listing, list_folder, DROPPED_FILE)
+        return write_list(lines, folder, name)
+    if (folder / name).is_file():
+        write_list([], folder, name)
     return None
 
 
-def write_list(lines: Sequence[str], listing: Listing, folder: Path | None, name: str) -> Path:
-    """Write one line per file, whole or not at all; beside the dataset where that may be written."""
+def write_list(lines: Sequence[str], folder: Path, name: str) -> Path:
+    """Write one line per file, whole or not at all; in the temporary folder where ``folder`` is read-only."""
     text = "".join(f"{' '.join(line.splitlines())}\n" for line in lines)
-    places = [folder] if folder is not None else [listing.root, Path(tempfile.gettempdir())]
+    places = [folder, Path(tempfile.gettempdir())]
     for place in places:
         target = place / name
         try:

@@ -1,6 +1,6 @@
 """What a dataset turns into: buckets, captions, bytes of its cache, memory and time of a step.
 
-Letters: L tokens of a sample, D width of the DiT.
+Letters: L tokens of a sample.
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ from statistics import median
 from diffsynth.errors import ArgumentError
 from diffsynth.training.dataset.buckets import SmallBucket, bucket_name, small_buckets
 from diffsynth.training.dataset.clips import Bucket, DatasetPlan
-from diffsynth.vram_management.rates import DiTSizes, block_flops
+from diffsynth.training.memory import TrainingChoice, num_lora_parameters, size_of_dit, training_memory
+from diffsynth.vram_management.activations import TEMPORAL_STRIDE, Workload
+from diffsynth.vram_management.rates import DEFAULT_RATES, DiTSizes, block_flops
 
 GB = 1e9  # bytes, as memory is told of training runs
 BF16_BYTES = 2
 TEXT_DIM = 4096  # of umT5-XXL
 TEXT_TOKENS = 512  # at most, of a caption
 TOKENS_PER_WORD = 1.5  # of umT5 on English captions, rounded up; an estimate
-TEMPORAL_STRIDE = 4  # of every Wan VAE
-# Of one block under gradient checkpointing, in streams of L x D bf16: what its forward keeps (norms, q, k, v
-# and their turned forms, attention's output, two of width ffn) and its gradients. Counted, not measured: 14B
-# at L = 32760 then needs 48.2 GB with resident bf16 weights.
-BLOCK_STREAMS = 20
+LORA_RANK = 32  # of the run that is predicted; the default of `TuneConfig`
 PASSES = 3  # forward, again under checkpointing, gradients of activations; frozen weights have none
 
 KNOWN_DITS = {
@@ -82,7 +80,7 @@ def report_of(
     batch: int = 1,
     accumulation: int = 1,
     vram_gb: float | None = None,
-    tflops: float = 150.0,
+    tflops: float = DEFAULT_RATES.tflops,
 ) -> DatasetReport:
     """Count a plan and predict what training on it takes.
 
@@ -93,7 +91,7 @@ def report_of(
         batch: samples at a time.
         accumulation: batches of a step.
         vram_gb: memory of the GPU in 1e9 bytes; None leaves open what fits.
-        tflops: 1e12 operations per second in bfloat16.
+        tflops: 1e12 operations per second in bfloat16; the default's source is `Rates`.
 
     Raises:
         ArgumentError: for an unknown ``dit_name``, or a number that is not above 0.
@@ -119,33 +117,21 @@ def report_of(
     )
 
 
-def tokens_of(bucket: Bucket, dit: DiTSizes) -> int:
-    """L of a sample: latent positions in patches."""
-    frames = (bucket[0] - 1) // TEMPORAL_STRIDE + 1
-    steps = [dit.spatial_stride * patch for patch in dit.patch_size[1:]]
-    return (
-        math.ceil(frames / dit.patch_size[0])
-        * math.ceil(bucket[1] / steps[0])
-        * math.ceil(bucket[2] / steps[1])
-    )
-
-
 def _bucket(bucket: Bucket, count: int, dit: DiTSizes, batch: int, tflops: float) -> BucketReport:
-    tokens = tokens_of(bucket, dit)
-    stream = batch * tokens * dit.dim * BF16_BYTES
+    work = Workload(
+        num_frames=bucket[0], height=bucket[1], width=bucket[2], batch=batch, num_branches=1,
+        text_tokens=TEXT_TOKENS,
+    )  # fmt: skip
+    tokens = work.tokens(dit)
+    lora = TrainingChoice(num_trained=num_lora_parameters(dit, LORA_RANK))
     flops = block_flops(dit, tokens=tokens, context_tokens=TEXT_TOKENS, keeps_keys=False) * dit.num_layers
     return BucketReport(
         bucket=bucket,
         num_clips=count,
         tokens=tokens,
-        memory_gb=(weight_bytes(dit) + stream * (dit.num_layers + BLOCK_STREAMS)) / GB,
+        memory_gb=training_memory(dit, size_of_dit(dit), work, lora).device / GB,
         step_s=batch * PASSES * flops / (tflops * 1e12),
     )
-
-
-def weight_bytes(dit: DiTSizes) -> int:
-    """Of the blocks in bfloat16: eight square matrices of the attentions, two of the feed-forward."""
-    return dit.num_layers * (8 * dit.dim**2 + 2 * dit.dim * dit.ffn_dim) * BF16_BYTES
 
 
 def _too_big(row: BucketReport, vram_gb: float) -> str:
@@ -209,7 +195,7 @@ def to_text(report: DatasetReport, *, num_shown: int = 10) -> str:
     lines += [
         "",
         f"cache: about {report.cache_gb:.3g} GB; an epoch: about {report.epoch_s / 3600:.2g} h "
-        "(LoRA, gradient checkpointing, bf16 weights resident; counted, not measured)",
+        f"(LoRA of rank {LORA_RANK}, gradient checkpointing, bf16 weights resident; counted, not measured)",
         f"captions: {captions.distinct} distinct of {captions.count}, {captions.empty} empty, "
         f"{captions.shortest} to {captions.longest} words (median {captions.median:g})",
     ]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
 from diffsynth.errors import DiffSynthError
 from diffsynth.training.dataset.clips import Clip, DatasetPlan, Dropped
 from diffsynth.training.dataset.reading import read_frames
-from diffsynth.video.contact_sheet import Cell, save_contact_sheet
+from diffsynth.video import save_image
+from diffsynth.video.contact_sheet import Cell, contact_sheet
 
 MAX_CLIPS = 60
 
@@ -30,10 +30,11 @@ def write_sheet(
         Clips that could not be decoded, with the reason; the sheet says so too.
 
     Raises:
+        ArgumentError: when there is no clip.
         OutputPathError: when the sheet cannot be written.
     """
     undecodable: list[Dropped] = []
-    save_contact_sheet(_cells(_spread(plan.clips, max_clips), undecodable), Path(path))
+    save_image(contact_sheet(_cells(_spread(plan.clips, max_clips), undecodable)), path)
     return undecodable
 
 

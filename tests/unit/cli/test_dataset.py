@@ -32,7 +32,7 @@ def test_report_list_and_sheet(shell: Shell, data: Path, tmp_path: Path) -> None
     assert "3 files listed, 2 used, 1 dropped; 2 clips (1 of one frame)" in ran.out
     assert "short.mp4: too short: 3 frames, the shortest clip takes 5" in ran.out
     assert "bucket 5 frames of 64x48 holds 1 clips and a step takes 2" in ran.out
-    assert "is predicted to need 2." in ran.out and "there are 1 GB: it will not fit" in ran.out
+    assert "is predicted to need 3." in ran.out and "there are 1 GB: it will not fit" in ran.out
     assert sheet.stat().st_size > 1000 and (data / "diffsynth_dropped.txt").read_text().startswith(str(data))
 
 

@@ -114,3 +114,23 @@ def test_two_networks_of_one_kind_are_refused_by_name(shell: Shell, folder: Path
     write_sparse(folder / "second_vae.safetensors", manifests()["wan2.1_vae"])
     ran = shell("plan", folder)
     assert ran.status == 1 and "vae.safetensors" in ran.err and "Give one of them" in ran.err
+
+
+USUAL = [
+    pytest.param(["wan2.1_t2v_14b"], "480 x 832, 81 frames", id="2.1"),
+    pytest.param(["wan2.2_ti2v_5b"], "704 x 1280, 121 frames", id="5B"),
+    pytest.param(["wan2.2_fun_5b_control"], "704 x 1280, 121 frames", id="Fun-5B"),
+    pytest.param(["wan2.2_t2v_a14b", "wan2.2_t2v_a14b"], "720 x 1280, 81 frames", id="A14B"),
+]
+
+
+@pytest.mark.parametrize(("models", "sizes"), USUAL)
+def test_sizes_that_nobody_names_are_the_models(
+    shell: Shell, tmp_path: Path, models: list[str], sizes: str
+) -> None:
+    for number, model in enumerate(models):
+        write_sparse(tmp_path / f"{('high', 'low')[number]}_noise.safetensors", manifests()[model])
+    ran = shell("plan", tmp_path)
+    assert ran.status == 0 and f"Plan for {sizes}, bf16" in ran.out
+    small = shell("plan", tmp_path, "--height", 64, "--num-frames", 17)
+    assert f"Plan for 64 x {sizes.split()[2].rstrip(',')}, 17 frames" in small.out

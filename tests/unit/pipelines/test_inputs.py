@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from diffsynth.errors import ArgumentError
+from diffsynth.pipelines.request import known_arguments
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.sampling.registry import SAMPLERS
 from diffsynth.video import VideoData, save_frames
@@ -127,3 +128,10 @@ def test_seeds_repeat_and_are_told(toy_pipe: WanVideoPipeline) -> None:
     seed = toy_pipe.last_settings["seed"]
     assert torch.equal(drawn, toy_pipe("a red circle", seed=seed, output_type="latent"))
     assert not torch.equal(drawn, toy_pipe("a red circle", output_type="latent"))
+
+
+def test_the_table_of_arguments_is_made_once_and_cannot_be_changed() -> None:
+    known = known_arguments()
+    assert known is known_arguments() and "prompt" in known
+    with pytest.raises(TypeError):
+        known["prompt"] = ("str", "")  # type: ignore[index]

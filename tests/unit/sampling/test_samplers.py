@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffsynth.errors import ArgumentError
-from diffsynth.sampling.registry import SAMPLERS
+from diffsynth.sampling.registry import SAMPLERS, sampler_for
 from diffsynth.sampling.sampler import Sampler
 from diffsynth.sampling.schedule import add_noise
 
@@ -273,3 +273,11 @@ def test_repeated_timesteps_do_not_confuse_the_steps(start: Tensor) -> None:
     assert sampler.timesteps[0] == sampler.timesteps[1]  # where a search by timestep runs past the end
     trajectory = solve(sampler, start)
     assert len(trajectory) == 100 and trajectory[-1].isfinite().all()
+
+
+@EVERY_SAMPLER
+def test_sampler_is_made_by_steps_or_by_a_grid_of_ones_own(name: str) -> None:
+    by_steps = sampler_for(name, num_steps=4, shift=5.0, strength=0.7)
+    assert by_steps.sigmas.equal(reset(name, 4, 5.0, 0.7).sigmas)
+    own = sampler_for(name, num_steps=50, shift=5.0, sigmas=[0.9, 0.5], timesteps=[900, 400])
+    assert own.sigmas.tolist() == pytest.approx([0.9, 0.5, 0.0]) and own.timesteps.tolist() == [900, 400]

@@ -199,8 +199,14 @@ def test_a_broken_clip_is_listed_and_the_rest_is_encoded(toy: WanVideoPipeline, 
     plan = pictures(tmp_path, 3)
     broken = plan.clips[1].item.media
     broken.write_bytes(broken.read_bytes()[:200])
-    report = process(plan, toy, EXACT)
+    report = process(replace(plan, list_folder=tmp_path / "out"), toy, EXACT)
     assert [dropped.media for dropped in report.dropped] == [broken] and report.dropped[0].reason
+    listed = tmp_path / "out" / "diffsynth_not_encoded.txt"
+    assert report.dropped_list == listed and str(listed) in str(report)
+    reason = " ".join(report.dropped[0].reason.splitlines())
+    assert listed.read_text() == f"{broken}\t{reason}\n"
+    whole = replace(plan, clips=plan.clips[:1], list_folder=tmp_path / "out")
+    assert process(whole, toy, EXACT).dropped_list is None and listed.read_text() == "", "no longer true"
     assert len(report.samples) == report.num_written == 2
     with pytest.raises(MediaReadError, match=broken.name):
         process(plan, toy, replace(EXACT, strict=True))

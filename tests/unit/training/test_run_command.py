@@ -11,7 +11,6 @@ from diffsynth.errors import ArgumentError
 from diffsynth.training.config import RunConfig, TrainConfig
 from diffsynth.training.config_files import to_yaml
 from diffsynth.training.dataset.config import DatasetConfig
-from diffsynth.training.deepspeed import deepspeed_config
 from diffsynth.training.processes import Ranks
 from tests.unit.training.toy_runs import config_of, toy_settings
 
@@ -40,10 +39,3 @@ def test_machines_are_told_apart_by_torchrun(monkeypatch: pytest.MonkeyPatch) ->
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     assert Ranks.of(config, torch.device("cpu")) == Ranks(devices=4, nodes=2, rank=5, is_external=True)
-
-
-def test_deepspeed_is_told_its_stage_and_leaves_the_rest_to_the_trainer() -> None:
-    assert deepspeed_config(2)["zero_optimization"] == {
-        "stage": 2, "overlap_comm": True, "contiguous_gradients": True,
-    }  # fmt: skip
-    assert deepspeed_config(3)["gradient_clipping"] == 0.0

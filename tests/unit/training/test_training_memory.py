@@ -20,6 +20,7 @@ from diffsynth.training.memory import (
     TrainingChoice,
     TrainingMemory,
     num_lora_parameters,
+    size_of_dit,
     training_memory,
 )
 from diffsynth.training.tuning import TuneConfig, tune
@@ -103,6 +104,13 @@ def test_streaming_and_offload_move_bytes_to_the_host() -> None:
     assert plain.checkpoints / GB == pytest.approx(13.4, abs=0.1)
     assert lean.host / GB == pytest.approx(28.1 + 13.4, abs=0.5)
     assert lean.block == plain.block and lean.trained == plain.trained
+
+
+@pytest.mark.parametrize("sizes", [DIT_1_3B, DIT_14B], ids=["1.3B", "14B"])
+def test_a_dit_weighs_by_its_sizes_what_it_weighs(sizes: Mapping[str, object]) -> None:
+    guessed = size_of_dit(DiTSizes.from_config(sizes)).num_bytes
+    # norms, biases, the patch embedding and the head are left out
+    assert guessed == pytest.approx(predicted(sizes).weights, rel=2e-3)
 
 
 def test_streaming_wants_checkpointing() -> None:
