@@ -33,16 +33,21 @@ def test_package_data_stays_small() -> None:
     assert sum(f.stat().st_size for f in files) <= 12_000_000
 
 
-@pytest.fixture(scope="module", params=["euler", "unipc", "dpm++"])
-def row(request: pytest.FixtureRequest, pipe: WanVideoPipeline) -> Tally:
-    captions = _captions(CAPTIONS // 3, seed=100 + len(request.param))
-    clips = pipe(captions, seed=7, sampler=request.param, output_type="np")
-    return tally(request.param, captions, list(clips), 1.0)
+@pytest.fixture(scope="module")
+def row(pipe: WanVideoPipeline) -> Tally:
+    """A third of the captions by each sampler."""
+    captions = _captions(CAPTIONS, seed=100)
+    share, clips = CAPTIONS // 3, []
+    for index, sampler in enumerate(("euler", "unipc", "dpm++")):
+        texts = captions[index * share : (index + 1) * share]
+        clips.extend(pipe(texts, seed=7 + index * share, sampler=sampler, output_type="np"))
+    return tally("all", captions, clips, 1.0)
 
 
 def test_videos_show_what_captions_say(row: Tally) -> None:
-    # 8 clips: one slip of each kind passes; shares over many captions are in the README.
-    assert min(row.colour, row.shape, row.motion, row.count) >= 87, row
+    # Over 200 captions (README): 100, 97, 94 and 93 %. Here two standard deviations of 24 draws less.
+    assert row.colour >= 95 and row.count >= 95, row
+    assert row.shape >= 90 and row.motion >= 84 and row.all_three >= 82, row
 
 
 @pytest.mark.parametrize("num_frames", [5, 9, 25])
