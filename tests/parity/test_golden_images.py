@@ -31,6 +31,7 @@ class Parts:
     has_image_branch: bool = True
     has_image_positions: bool = True
     image_dim: int = 1280
+    holds_first_frame: bool = False
 
 
 def picture(frames: Tensor) -> Image.Image:

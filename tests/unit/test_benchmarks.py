@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,15 @@ def check(file: Path) -> None:
         assert "/" not in str(row["command"]).removeprefix("python benchmarks/"), (
             "a path of this machine is in the row"
         )
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was() -> Iterator[None]:
+    """Some scripts quieten the log."""
+    logger = logging.getLogger("diffsynth")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.mark.parametrize(("script", "words"), CALLS)

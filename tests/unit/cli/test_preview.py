@@ -19,7 +19,7 @@ def parts(**generation: object) -> Any:
     config = SimpleNamespace(patch_size=(1, 2, 2), out_dim=16)
     return SimpleNamespace(
         spatial_stride=8, high=SimpleNamespace(dit=SimpleNamespace(config=config)),
-        low=None, family="t2v", generation=generation,
+        low=None, family="t2v", generation=generation, holds_first_frame=False,
     )  # fmt: skip
 
 
