@@ -52,7 +52,7 @@ PRESETS: dict[str, Preset] = {
     "wan2.2-lightning-4step": Preset(
         title="Wan2.2-Lightning: a pair of 4-step LoRAs for T2V-A14B or I2V-A14B, both at strength 1",
         # As in ComfyUI: steps 1 and 2 of the high-noise expert, 3 and 4 of the low-noise one, simple grid.
-        source="ModelTC/Wan2.2-Lightning; performance facts of LightX2V's step distillation",
+        source="ModelTC/Wan2.2-Lightning",
         num_inference_steps=4,
         sigma_shift=5.0,
         cfg_scale=1.0,

@@ -146,9 +146,8 @@ class Saver(Callback):
         self.stopped_by: str | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for name in (SAVE_FILE, STOP_FILE):  # of an earlier run
-            if trainer.is_global_zero:
-                (self._output / name).unlink(missing_ok=True)
+        if trainer.is_global_zero:
+            self._taken()  # those of an earlier run
         _ours(pl_module).wishes = lambda: self._wishes(trainer.is_global_zero)
         if threading.current_thread() is threading.main_thread():  # others get no signals
             self._is_listening = True
@@ -201,9 +200,15 @@ class Saver(Callback):
 
     def _wishes(self, looks_for_files: bool) -> int:
         wishes, self._signalled = self._signalled, 0
-        for name, wish in ((SAVE_FILE, SAVE), (STOP_FILE, STOP)) if looks_for_files else ():
-            if (self._output / name).exists():
-                (self._output / name).unlink(missing_ok=True)
+        return wishes | (self._taken() if looks_for_files else 0)
+
+    def _taken(self) -> int:
+        """Wishes by files, which go; something of that name that is not empty was not made by ``touch``."""
+        wishes = 0
+        for name, wish in ((SAVE_FILE, SAVE), (STOP_FILE, STOP)):
+            file = self._output / name
+            if file.is_file() and not file.stat().st_size:
+                file.unlink(missing_ok=True)
                 wishes |= wish
         return wishes
 

@@ -118,7 +118,7 @@ def v1_dataset(
         width: pixels.
         strict: an unusable file is an error.
 
-    Source: facts of v1's ``train_wan_t2v.py``: --num_frames, --height, --width and their defaults.
+    Source: DiffSynth-Studio 1.x ``examples/wanvideo/train_wan_t2v.py``: --num_frames, --height, --width.
     """
     return DatasetConfig(
         path=path, clip="first", fps=NATIVE, num_frames=(num_frames,), sizes=((height, width),), strict=strict

@@ -217,6 +217,15 @@ def test_a_wish_to_stop_saves_first(
     assert not (tmp_path / "stop").exists() and signal.getsignal(signal.SIGTERM) == handler
 
 
+def test_a_file_of_the_user_named_stop_is_neither_a_wish_nor_removed(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "stop").write_text("notes")
+    report = train(config_of(settings, tmp_path, run={"steps": 2}))
+    assert report.step == 2 and report.stopped_by is None
+    assert (tmp_path / "stop").read_text() == "notes"
+
+
 def test_another_model_is_refused_at_resume(settings: dict[str, Any], tmp_path: Path) -> None:
     train(config_of(settings, tmp_path, run={"steps": 1}))
     changed = load_file(settings["model"]["dit"][0])
