@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 
@@ -59,12 +60,15 @@ def test_tiny_recipe_runs(file: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         save_video(frames, tmp_path / f"{number}.mp4", fps=8)
         (tmp_path / f"{number}.txt").write_text(f"a red circle {number}")
     flags = {
-        "data.0.path": tmp_path, "run.output": tmp_path / "out", "run.steps": 2, "run.batch_size": 1,
+        "run.output": tmp_path / "out", "run.steps": 2, "run.batch_size": 1,
         "run.save_every": 0, "samples.holdout": 1, "samples.every": 0, "samples.prompts": "[]",
         "model.device": "cpu",
     }  # fmt: skip
     config = load_config(TrainConfig, file, [f"--{key}={value}" for key, value in flags.items()])
-    report = train(config)
+    data = [
+        replace(one, path=str(tmp_path), num_frames=(min(17, one.num_frames[0]),)) for one in config.data
+    ]
+    report = train(replace(config, data=tuple(data)))
     assert report.step == 2 and report.export is not None and report.export.is_file()
 
 

@@ -32,7 +32,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "pink": (255, 135, 195),
 }
 # Colours that the tiny Wan has never seen, for LoRAs to teach: measured as the others, drawn when asked for.
-TAUGHT_COLOURS: dict[str, tuple[int, int, int]] = {"teal": (0, 120, 120), "magenta": (230, 20, 200)}
+TAUGHT_COLOURS: dict[str, tuple[int, int, int]] = {"teal": (0, 120, 120), "lime": (130, 255, 0)}
 ALL_COLOURS = COLOURS | TAUGHT_COLOURS
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (0, 0, 0),

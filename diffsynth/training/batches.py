@@ -4,6 +4,9 @@ A step's samples all come from one bucket (one shape of latents), and there are
 ``batch_size x accumulate x ranks`` of them. An epoch visits every sample as often as its repeats say; which
 samples a fraction falls to changes from epoch to epoch. The last step of a bucket is filled up by repeating
 some of its samples; nothing is dropped.
+
+Samples may be for a part of the run alone. Where the samples that take part change, a new stage begins, and in
+it a new epoch.
 """
 
 from __future__ import annotations
@@ -41,6 +44,12 @@ class Samples(Protocol):
     def caption_dropout(self, index: int) -> float:
         """Share of the steps in which it goes without its caption."""
 
+    def steps(self, index: int) -> tuple[int, int]:
+        """The first step that sees the sample, and the first that does not any more; 0: to the end."""
+
+    def is_moments(self, index: int) -> bool:
+        """Whether each step sees one later latent of it alone."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pick:
@@ -52,6 +61,7 @@ class Pick:
     draw_id: str  # seeds noise and sigma: the sample's id, with a number where a step holds it again
     drops_caption: bool
     weight: float = 1.0  # of its loss
+    moment: float | None = None  # which latent of it is seen alone, 0 to 1; None: all
 
 
 def chance(*parts: object) -> float:
@@ -67,11 +77,13 @@ class Batches:
         samples: those that are trained on.
         size: samples of a step, over all ranks and accumulated passes.
         seed: of the order.
+        num_steps: of the run; None: not known, and the samples of all stages are looked at.
         indices: which of ``samples`` take part; None: all.
-        epoch_steps: what `epoch_of` counts by; 0: `steps_per_epoch`. Nothing that is drawn depends on it.
+        epoch_steps: what `epoch_of` counts by; 0: until every sample was seen as often as its repeats say.
+            Nothing that is drawn depends on it.
 
     Raises:
-        ArgumentError: when there are none, or repeats are no positive number.
+        ArgumentError: when there are none, at some step, or repeats are no positive number.
     """
 
     def __init__(
@@ -80,6 +92,7 @@ class Batches:
         *,
         size: int,
         seed: int,
+        num_steps: int | None = None,
         indices: Sequence[int] | None = None,
         epoch_steps: int = 0,
     ) -> None:
@@ -87,8 +100,65 @@ class Batches:
         if not chosen:
             raise ArgumentError("There is no sample to train on; look at `diffsynth dataset check`.")
         self.samples, self.size, self.seed, self._epoch_steps = samples, size, seed, epoch_steps
+        ordered = sorted(chosen, key=samples.sample_id)
+        self._stages: list[_Stage] = []
+        for start in _starts([samples.steps(index) for index in ordered], num_steps):
+            members = [i for i in ordered if _sees(samples.steps(i), start)]
+            if not members:
+                raise ArgumentError(
+                    f"No dataset is seen at step {start + 1}; give one another from_step or until_step."
+                )
+            before = self._stages[-1].epoch_of(start - 1) + 1 if self._stages else 0
+            self._stages.append(_Stage(samples, members, size, seed, start=start, epoch=before))
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch that a step belongs to."""
+        return step // self._epoch_steps if self._epoch_steps else self._stage(step).epoch_of(step)
+
+    @property
+    def notes(self) -> list[str]:
+        """A line for each bucket whose last step is filled up by repeating samples, each once."""
+        return list(dict.fromkeys(note for stage in self._stages for note in stage.notes))
+
+    def at(self, step: int) -> tuple[Pick, ...]:
+        """The samples of a step, in an order that does not depend on the number of ranks."""
+        seen: dict[int, int] = {}
+        return tuple(self._pick(index, step, seen) for index in self._stage(step).at(step))
+
+    def _stage(self, step: int) -> _Stage:
+        return [stage for stage in self._stages if stage.start <= step][-1]
+
+    def _pick(self, index: int, step: int, seen: dict[int, int]) -> Pick:
+        """A sample at a step; ``seen`` counts those before it."""
+        samples, name = self.samples, self.samples.sample_id(index)
+        seen[index] = seen.get(index, 0) + 1
+        draw = name if seen[index] == 1 else f"{name}#{seen[index]}"
+        drops = chance(self.seed, step, draw, "caption") < samples.caption_dropout(index)
+        moment = chance(self.seed, step, draw, "moment") if samples.is_moments(index) else None
+        return Pick(
+            index=index, sample_id=name, step=step, draw_id=draw, drops_caption=drops,
+            weight=samples.weight(index), moment=moment,
+        )  # fmt: skip
+
+
+class _Stage:
+    """Steps that see the same samples: epoch after epoch of them.
+
+    Args:
+        samples: all.
+        members: indices of those of the stage, in the order of their ids.
+        size: samples of a step.
+        seed: of the order.
+        start: the first step.
+        epoch: number of the first epoch.
+    """
+
+    def __init__(
+        self, samples: Samples, members: Sequence[int], size: int, seed: int, *, start: int, epoch: int
+    ) -> None:
+        self.samples, self.size, self.seed, self.start, self._epoch = samples, size, seed, start, epoch
         by_bucket: dict[Hashable, list[int]] = {}
-        for index in sorted(chosen, key=samples.sample_id):
+        for index in members:
             by_bucket.setdefault(samples.bucket(index), []).append(index)
         self._buckets = [by_bucket[key] for key in sorted(by_bucket, key=str)]
         self._names = sorted(map(str, by_bucket))
@@ -98,18 +168,13 @@ class Batches:
         self._order = lru_cache(maxsize=2)(self._order_of_epoch)
         self._picked = lru_cache(maxsize=2 * len(self._buckets))(self._slots_of_epoch)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps in which every sample is seen as often as its repeats say."""
-        return sum(self._steps)
-
     def epoch_of(self, step: int) -> int:
-        """The epoch that a step belongs to."""
-        return step // (self._epoch_steps or self.steps_per_epoch)
+        """The epoch of a step of the run."""
+        return self._epoch + (step - self.start) // sum(self._steps)
 
     @property
     def notes(self) -> list[str]:
-        """A line for each bucket whose last step is filled up by repeating samples."""
+        """Buckets that are filled up."""
         return [
             f"bucket {name}: {slots} samples per epoch, filled up to {steps * self.size} "
             f"({steps} steps of {self.size}) by repeating some"
@@ -117,25 +182,11 @@ class Batches:
             if steps * self.size != slots
         ]
 
-    def at(self, step: int) -> tuple[Pick, ...]:
-        """The samples of a step, in an order that does not depend on the number of ranks."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        bucket, number = self._order(epoch)[place]
-        slots = self._picked(epoch, bucket)
-        seen: dict[int, int] = {}
-        picks = []
-        for index in slots[number * self.size : (number + 1) * self.size]:
-            seen[index] = seen.get(index, 0) + 1
-            name = self.samples.sample_id(index)
-            draw = name if seen[index] == 1 else f"{name}#{seen[index]}"
-            drops = chance(self.seed, step, draw, "caption") < self.samples.caption_dropout(index)
-            picks.append(
-                Pick(
-                    index=index, sample_id=name, step=step, draw_id=draw, drops_caption=drops,
-                    weight=self.samples.weight(index),
-                )
-            )  # fmt: skip
-        return tuple(picks)
+    def at(self, step: int) -> list[int]:
+        """Indices of the samples of a step of the run."""
+        epoch = self.epoch_of(step)
+        bucket, number = self._order(epoch)[(step - self.start) % sum(self._steps)]
+        return self._picked(epoch, bucket)[number * self.size : (number + 1) * self.size]
 
     def _order_of_epoch(self, epoch: int) -> list[tuple[int, int]]:
         steps = [(bucket, number) for bucket, count in enumerate(self._steps) for number in range(count)]
@@ -196,6 +247,17 @@ class StepSampler(Sampler[list[Pick]]):
             for number in range(self._accumulate):
                 first = (number * self._world + self._rank) * self._batch_size
                 yield list(picks[first : first + self._batch_size])
+
+
+def _starts(steps: Sequence[tuple[int, int]], num_steps: int | None) -> list[int]:
+    """Steps at which other samples are seen than before: 0, and where any begins or ends."""
+    marks = {0} | {mark for one in set(steps) for mark in one}
+    return sorted(mark for mark in marks if num_steps is None or mark < max(1, num_steps))
+
+
+def _sees(steps: tuple[int, int], step: int) -> bool:
+    first, end = steps
+    return first <= step and (end == 0 or step < end)
 
 
 def _num_slots(samples: Samples, bucket: Sequence[int]) -> int:

@@ -26,7 +26,8 @@ from diffsynth.training.cache_keys import (
     facts_of_clip,
     folder_of,
 )
-from diffsynth.training.dataset.clips import Clip, DatasetPlan
+from diffsynth.training.batches import Pick
+from diffsynth.training.dataset.clips import Clip, DatasetPlan, Steps
 from diffsynth.training.samples import EncodedSample, SampleHeader
 from diffsynth.training.v1_cache import V1_SUFFIX, header_v1, load_v1
 
@@ -47,6 +48,8 @@ class CachedClip:
     repeats: int = 1  # how often an epoch shows it
     weight: float = 1.0  # of its loss
     caption_dropout: float = 0.0  # share of steps without its caption
+    steps: Steps = (0, 0)  # of the run that see it; 0 as the second: to the end
+    moments: bool = False  # each step sees one of its later latents alone
 
 
 class CachedDataset(Dataset[EncodedSample]):
@@ -66,7 +69,13 @@ class CachedDataset(Dataset[EncodedSample]):
 
     def bucket(self, index: int) -> tuple[int, int, int, str]:
         """T, h, w and what else samples of one batch have in common."""
-        return self.clips[index].header.bucket
+        frames, height, width, rest = self.clips[index].header.bucket
+        return (1 if self.clips[index].moments else frames), height, width, rest
+
+    def picked(self, pick: Pick) -> EncodedSample:
+        """The sample as its step sees it: whole, or one latent of it."""
+        sample = self[pick.index]
+        return sample if pick.moment is None else sample.at_moment(pick.moment)
 
     def sample_id(self, index: int) -> str:
         """Stable and unique: what noise is drawn by."""
@@ -83,6 +92,14 @@ class CachedDataset(Dataset[EncodedSample]):
     def caption_dropout(self, index: int) -> float:
         """Share of steps at which it is shown without its caption."""
         return self.clips[index].caption_dropout
+
+    def steps(self, index: int) -> Steps:
+        """The first step that sees the sample, and the first that does not any more; 0: to the end."""
+        return self.clips[index].steps
+
+    def is_moments(self, index: int) -> bool:
+        """Whether each step sees one later latent of it alone."""
+        return self.clips[index].moments
 
     def dataset(self, index: int) -> str:
         """Name of the dataset that it came from."""
@@ -123,6 +140,11 @@ def open_cache(
             raise ArgumentError(
                 f"{clip.header.path} does not fit the DiT: {fault}. Load the DiT that it was made for, or "
                 f"{REMEDY}."
+            )
+        if clip.moments and not clip.header.is_plain:
+            raise ArgumentError(
+                f"{clip.header.path} holds more than a caption beside its {clip.header.latent_shape[2]} "
+                "latents, and moments takes one of them away from the rest; leave moments out."
             )
         if clip.caption_dropout and is_v1(clip.header.path):
             raise ArgumentError(
@@ -186,7 +208,7 @@ def _of_plan(
     return [
         CachedClip(
             header=chosen[index], id=chosen[index].id, dataset=clip.dataset, repeats=clip.repeats,
-            weight=clip.weight, caption_dropout=clip.caption_dropout,
+            weight=clip.weight, caption_dropout=clip.caption_dropout, steps=clip.steps, moments=clip.moments,
         )
         for index, clip in enumerate(plan.clips)
         if index in chosen

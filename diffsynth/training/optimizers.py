@@ -23,6 +23,8 @@ SHORT_NAMES = {
     "schedule_free": "schedulefree.AdamWScheduleFree",
 }
 
+SHARE = "share_of_learning_rate"  # of a group of parameters; not there: all of it
+
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Build the optimizer that a config names.
@@ -45,6 +47,9 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"{config.name} refuses {options}: {error}.") from error
     assert isinstance(optimizer, torch.optim.Optimizer)
+    for group in optimizer.param_groups:
+        if group["lr"] != config.learning_rate:  # an optimizer that gives some parameters a rate of their own
+            group[SHARE] = group["lr"] / config.learning_rate
     return optimizer
 
 
@@ -68,9 +73,9 @@ def learning_rate_factor(step: int, num_steps: int, config: OptimizerConfig) -> 
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Give every group of parameters this learning rate."""
+    """Give every group of parameters this learning rate, or its share of it."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get(SHARE, 1.0)
 
 
 @contextmanager

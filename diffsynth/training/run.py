@@ -92,7 +92,7 @@ class _Picked(Dataset[tuple[EncodedSample, Pick]]):
         self._samples = samples
 
     def __getitem__(self, pick: Pick) -> tuple[EncodedSample, Pick]:  # type: ignore[override]
-        return self._samples[pick.index], pick
+        return self._samples.picked(pick), pick
 
 
 def train(config: TrainConfig) -> RunReport:
@@ -161,7 +161,8 @@ class Run:
         trained, self._held_out = split(self._samples, config.samples.holdout, config.samples.every)
         batches = Batches(
             self._samples, size=config.run.batch_size * config.run.accumulate * ranks.world,
-            seed=config.run.seed, indices=trained, epoch_steps=config.run.steps_per_epoch,
+            seed=config.run.seed, num_steps=config.run.steps, indices=trained,
+            epoch_steps=config.run.steps_per_epoch,
         )  # fmt: skip
         for note in batches.notes:
             logger.warning("%s", note)

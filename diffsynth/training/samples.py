@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -69,6 +69,14 @@ class SampleHeader:
             + (self._outline(self.structure.get("plan"), is_text=False)),
         )
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the clip is told by its caption alone: no picture, plane, adapter input or pinned frame."""
+        parts = [self.structure.get(name) for name in ("positive", "plan")]
+        inner = [part.get("fields") for part in parts if isinstance(part, dict)]
+        slots = {name: value for given in inner if isinstance(given, dict) for name, value in given.items()}
+        return all(not value or value == {"map": {}} for name, value in slots.items() if name != "text")
+
     def _outline(self, part: object, *, is_text: bool) -> str:
         """The structure with shapes in place of tensors; text may differ in length."""
         if isinstance(part, dict) and "tensor" in part:
@@ -114,6 +122,16 @@ class EncodedSample:
                for name, tensor in tensors.items()}  # fmt: skip
         meta = {**self.meta, "format": FORMAT, STRUCTURE: json.dumps(structure)}
         save_tensors(Path(path), own, meta)
+
+    def at_moment(self, place: float) -> EncodedSample:
+        """One latent alone, any but the first.
+
+        Args:
+            place: from 0 (the second latent) to 1 (beyond the last).
+        """
+        later = self.latents.shape[2] - 1
+        number = 1 + min(int(place * later), later - 1)
+        return replace(self, latents=self.latents[:, :, number : number + 1])
 
     def described(self, path: Path) -> SampleHeader:
         """The header that a file of this sample would have."""

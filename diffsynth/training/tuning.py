@@ -46,12 +46,13 @@ class TuneConfig:
     """What of the loaded networks trains. Units stand beside each field."""
 
     kind: Kind = "lora"  # lora, dora, lokr: factors beside layers; full: whole networks; parts: named tensors
+    fresh: bool = False  # of full: weights are drawn anew from `seed`, the DiT's file tells its sizes alone
     networks: tuple[str, ...] = ("dit",)  # for all but "parts": "dit", an adapter's name, "adapters" for all
     rank: int = 32  # width of the two small matrices; 4 to 128
     alpha: float | None = None  # the update is scaled by alpha / rank; empty: rank, so that the scale is 1
     targets: tuple[str, ...] = DEFAULT_TARGETS  # ends of layers' names, or "re:" and a regular expression
     init: Literal["kaiming", "gaussian"] = "kaiming"  # of A; B is zero
-    seed: int = 0  # of the draw
+    seed: int = 0  # of what is drawn
     factor: int | None = None  # of lokr: rows of the first matrix at most; empty: as square as it goes
     parts: tuple[str, ...] = ()  # "dit", "vace", "adapters", or "re:" and a regular expression for tensors
     rounding: Literal["masters", "stochastic"] = "masters"  # of bfloat16 weights that train; see `masters`
@@ -72,6 +73,11 @@ class TuneConfig:
             raise ArgumentError(f"tune.factor is {self.factor}; give 2 or more (8 and 16 are usual).")
         if self.kind in WITH_FACTORS and not self.targets:
             raise ArgumentError("tune.targets is empty; name layers, such as q k v o ffn.0 ffn.2.")
+        if self.fresh and (self.kind, self.networks) != ("full", ("dit",)):
+            raise ArgumentError(
+                f"tune.fresh is on, kind {self.kind!r} and networks {list(self.networks)}; only a DiT that "
+                "trains in full, without adapters, can begin anew."
+            )
         if (self.kind == "parts") != bool(self.parts):
             raise ArgumentError(
                 f"tune.kind is {self.kind!r} and parts is {list(self.parts)}; kind 'parts' needs parts, and "
@@ -300,11 +306,22 @@ def tune(dit: nn.Module, adapters: Sequence[nn.Module], config: TuneConfig) -> T
             tuned.put_beside(network, some)
     else:
         names = _tensor_names(config, networks)
+        if config.fresh:
+            draw_anew(dit, config.seed)
         tuned = Tuned(config, networks)
         for name, tensors in names.items():
             tuned.train_whole(networks[name], tensors)
     tuned.finish()
     return tuned
+
+
+def draw_anew(dit: nn.Module, seed: int) -> None:
+    """Give a DiT the weights of one that has learnt nothing: PyTorch's, and a head of zeros."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = type(dit)(dit.config)
+    nn.init.zeros_(fresh.get_submodule("head.head").weight)  # type: ignore[arg-type]
+    dit.load_state_dict(fresh.state_dict())
 
 
 def _network_names(wanted: Sequence[str], networks: Mapping[str, nn.Module]) -> list[str]:

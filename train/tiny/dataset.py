@@ -27,9 +27,9 @@ CRF = 4  # nearly what was drawn: the clips are 64 x 64
 
 def write_dataset(
     folder: Path, num_clips: int, colour: str | None = None, share: float = 0.5, num_frames: int = 17,
-    seed: int = 0,
+    seed: int = 0, pairs: float = 0.0,
 ) -> None:  # fmt: skip
-    """Write ``num_clips`` clips with one thing each.
+    """Write ``num_clips`` clips and their captions.
 
     Args:
         folder: is made; files of the same names are replaced.
@@ -38,6 +38,7 @@ def write_dataset(
         share: of the clips that have it.
         num_frames: of each clip.
         seed: decides scenes and captions.
+        pairs: share of the clips that show two things.
     """
     media = folder / "train"
     media.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,7 @@ def write_dataset(
     rows = csv.writer(table)
     rows.writerow(["file_name", "text"])
     for index in tqdm(range(num_clips), unit="clip", desc=str(folder)):
-        scene = random_scene(rng, 1, num_frames)
+        scene = random_scene(rng, 1 + (pairs > 0 and rng.random() < pairs), num_frames)
         if colour is not None and index < share * num_clips:
             scene = recoloured(scene, colour)
         name = f"clip_{index:05d}.mp4"
@@ -65,10 +66,14 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=240)
     parser.add_argument("--colour", choices=tuple(TAUGHT_COLOURS))
     parser.add_argument("--share", type=float, default=0.5, help="of the clips that have the colour")
+    parser.add_argument("--pairs", type=float, default=0.0, help="of the clips that show two things")
     parser.add_argument("--num-frames", type=int, default=17)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    write_dataset(given.folder, given.clips, given.colour, given.share, given.num_frames, given.seed)
+    write_dataset(
+        given.folder, given.clips, given.colour, given.share, given.num_frames, given.seed,
+        given.pairs,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

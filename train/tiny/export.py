@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffsynth.models.wan.dit_config import DiTConfig
+from diffsynth.models.wan.dit import WanDiT
 from diffsynth.models.wan.text_encoder import TextEncoderConfig
 from diffsynth.models.wan.vae import LATENT_MEAN, LATENT_STD, WanVideoVAE
 from diffsynth.tiny.grammar import known_words
@@ -71,6 +71,6 @@ def write_text_encoder(network: nn.Module, config: TextEncoderConfig, folder: Pa
     write(network, folder / TEXT_FILE, asdict(config), known_words=" ".join(known_words()))
 
 
-def write_dit(network: nn.Module, config: DiTConfig, folder: Path) -> None:
+def write_dit(network: WanDiT, folder: Path) -> None:
     """The DiT's file; it carries the defaults of a generation."""
-    write(network, folder / DIT_FILE, asdict(config), generation=GENERATION)
+    write(network, folder / DIT_FILE, asdict(network.config), generation=GENERATION)

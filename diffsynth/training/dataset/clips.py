@@ -11,6 +11,7 @@ from typing import TypeAlias
 from diffsynth.video.pixels import Resize
 
 Bucket: TypeAlias = tuple[int, int, int]  # frames, height, width in pixels
+Steps: TypeAlias = tuple[int, int]  # from the first to the one after the last, 0: no last one
 Value: TypeAlias = str | float | Path | tuple[Path, ...] | tuple[float, ...] | tuple[tuple[float, ...], ...]
 
 
@@ -41,6 +42,8 @@ class Clip:
     repeats: int = 1  # how often an epoch shows it
     weight: float = 1.0  # of its loss
     caption_dropout: float = 0.0
+    steps: Steps = (0, 0)  # of the run that see it; 0 as the second: to the end
+    moments: bool = False  # each step sees one of its later latents alone
 
     @property
     def bucket(self) -> Bucket:

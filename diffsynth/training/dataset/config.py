@@ -42,6 +42,11 @@ class DatasetConfig:
     resolutions: Literal["one", "each"] = "one"
     resize: Resize = "cover"  # "cover": cut in the middle; "stretch"; "contain": black bars
     repeats: float = 1.0  # how often an epoch shows each clip; 2.5: half of them a third time
+    from_step: int = 0  # of the run: steps before it do not see the dataset
+    until_step: int = 0  # the first step that does not see it any more; 0: it is seen to the end
+    # Each step sees one latent frame of a clip alone, any but the first: what a clip shows, with no frames
+    # around it to tell. For text-to-video models.
+    moments: bool = False
     weight: float = 1.0  # of the loss of its clips
     caption_dropout: float = 0.0  # share of steps at which a clip is shown without its caption, 0 to 1
     flip: bool = False  # also every clip mirrored; not for text, hands, or anything with a left and a right
@@ -58,6 +63,15 @@ class DatasetConfig:
             raise ArgumentError(f"repeats is {self.repeats}; give a number above 0 (1 shows each clip once).")
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise ArgumentError(f"weight is {self.weight}; give a number above 0, or leave the dataset out.")
+        if self.from_step < 0 or (self.until_step != 0 and self.until_step <= self.from_step):
+            raise ArgumentError(
+                f"from_step is {self.from_step} and until_step {self.until_step}; give 0 or more, and an "
+                "until_step above from_step (0: to the end)."
+            )
+        if self.moments and min(self.num_frames) < 5:
+            raise ArgumentError(
+                f"moments shows later latents and num_frames is {self.num_frames}; give 5 frames or more."
+            )
         if not 0 <= self.caption_dropout <= 1:
             raise ArgumentError(f"caption_dropout is {self.caption_dropout}; give 0 to 1 (0.1 is usual).")
 

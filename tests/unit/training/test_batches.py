@@ -12,8 +12,14 @@ from diffsynth.training.batches import Batches, StepSampler
 class Toys:
     """Samples of two buckets: "a" with 5, "b" with 2."""
 
-    def __init__(self, repeats: Sequence[float] = (1.0,) * 7, dropout: float = 0.0) -> None:
-        self._repeats, self._dropout = repeats, dropout
+    def __init__(
+        self,
+        repeats: Sequence[float] = (1.0,) * 7,
+        dropout: float = 0.0,
+        steps: Sequence[tuple[int, int]] = ((0, 0),) * 7,
+        moments: Sequence[int] = (),
+    ) -> None:
+        self._repeats, self._dropout, self._steps, self._moments = repeats, dropout, steps, moments
 
     def __len__(self) -> int:
         return 7
@@ -33,6 +39,12 @@ class Toys:
     def caption_dropout(self, index: int) -> float:
         return self._dropout
 
+    def steps(self, index: int) -> tuple[int, int]:
+        return self._steps[index]
+
+    def is_moments(self, index: int) -> bool:
+        return index in self._moments
+
 
 def indices(batches: Batches, step: int) -> list[int]:
     return [pick.index for pick in batches.at(step)]
@@ -51,7 +63,7 @@ def test_a_step_is_the_same_whatever_was_asked_before() -> None:
 def test_a_step_holds_samples_of_one_bucket_and_an_epoch_holds_all() -> None:
     toys = Toys()
     batches = Batches(toys, size=2, seed=0)
-    assert batches.steps_per_epoch == 3 + 1
+    assert batches.epoch_of(3) == 0 and batches.epoch_of(4) == 1
     for epoch in range(3):
         steps = [indices(batches, 4 * epoch + i) for i in range(4)]
         assert all(len({toys.bucket(i) for i in step}) == 1 and len(step) == 2 for step in steps)
@@ -75,8 +87,8 @@ def test_a_bucket_that_does_not_fill_a_step_is_filled_up_and_told() -> None:
 def test_repeats_are_kept_on_average_also_where_they_are_no_whole_number() -> None:
     batches = Batches(Toys(repeats=(2, 1, 1, 0.5, 0.5, 1, 1)), size=1, seed=0)
     epochs = 40
-    seen = Counter(i for s in range(epochs * batches.steps_per_epoch) for i in indices(batches, s))
-    assert batches.steps_per_epoch == 7
+    seen = Counter(i for s in range(epochs * 7) for i in indices(batches, s))
+    assert batches.epoch_of(6) == 0 and batches.epoch_of(7) == 1
     assert [seen[i] for i in (0, 1, 2, 5, 6)] == [2 * epochs, epochs, epochs, epochs, epochs]
     assert seen[3] + seen[4] == epochs and 10 <= seen[3] <= 30
 
@@ -108,3 +120,31 @@ def test_no_sample_and_impossible_repeats_are_named() -> None:
         Batches(Toys(), size=1, seed=0, indices=[])
     with pytest.raises(ArgumentError, match="sample 2 has repeats 0"):
         Batches(Toys(repeats=(1, 1, 0, 1, 1, 1, 1)), size=1, seed=0)
+
+
+def test_samples_are_seen_in_their_part_of_the_run_alone() -> None:
+    late, early, always = (6, 0), (0, 6), (0, 0)
+    toys = Toys(steps=(early, early, always, late, late, late, late))
+    batches = Batches(toys, size=1, seed=0, num_steps=30)
+    seen = [{i for step in steps for i in indices(batches, step)} for steps in (range(6), range(6, 30))]
+    assert seen == [{0, 1, 2}, {2, 3, 4, 5, 6}]
+    # epochs are counted through: two of three samples, then such of five
+    assert [batches.epoch_of(step) for step in (0, 2, 3, 5, 6, 10, 11)] == [0, 0, 1, 1, 2, 2, 3]
+    asked_first = Batches(toys, size=1, seed=0, num_steps=30)
+    assert asked_first.at(17) == batches.at(17)
+
+
+def test_a_step_that_nothing_is_seen_at_is_refused_unless_the_run_ends_before() -> None:
+    toys = Toys(steps=((0, 5),) * 7)
+    with pytest.raises(ArgumentError, match="No dataset is seen at step 6"):
+        Batches(toys, size=1, seed=0, num_steps=6)
+    assert len(Batches(toys, size=1, seed=0, num_steps=5).at(4)) == 1
+
+
+def test_which_moment_is_seen_depends_on_seed_step_and_sample_alone() -> None:
+    batches = Batches(Toys(moments=(0, 1, 2, 3, 4)), size=2, seed=0)
+    picks = [pick for step in range(400) for pick in batches.at(step)]
+    assert all((pick.moment is None) == (pick.index > 4) for pick in picks)
+    places = [pick.moment for pick in picks if pick.moment is not None]
+    assert 0 <= min(places) < 0.02 and 0.98 < max(places) < 1
+    assert Batches(Toys(moments=(0, 1, 2, 3, 4)), size=2, seed=0).at(399) == batches.at(399)

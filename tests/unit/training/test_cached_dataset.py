@@ -11,6 +11,7 @@ import torch
 from diffsynth.conditioning.conditions import Conditions, LatentPlan
 from diffsynth.conditioning.vace import VaceCondition
 from diffsynth.errors import ArgumentError, CorruptCheckpointError, MediaReadError, UnsafeCheckpointError
+from diffsynth.training.batches import Pick
 from diffsynth.training.cache_facts import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, DiTFacts
 from diffsynth.training.cache_hashes import FileHashes
 from diffsynth.training.cache_keys import facts_of_clip, sample_path
@@ -85,6 +86,31 @@ def test_one_clip_in_two_datasets_is_two_samples(tmp_path: Path) -> None:
     opened = open_cache(DatasetPlan(clips=(one, replace(one, dataset="other"))))
     assert [opened.sample_id(i) for i in range(2)] == [key(0), f"{key(0)}-2"]
     assert collate([opened[0], opened[1]], [False, True]).ids == (key(0), f"{key(0)}-2")
+
+
+def test_moments_are_later_latents_of_a_clip_each_alone(tmp_path: Path) -> None:
+    one = replace(pictures(tmp_path, 1).clips[0], moments=True, steps=(3, 9))
+    path = cache(one)
+    whole = replace(EncodedSample.load(path), latents=torch.randn(1, 16, 5, 4, 6))
+    whole.save(path)
+    opened = open_cache(DatasetPlan(clips=(one, replace(one, moments=False))), TOY)
+    assert [opened.bucket(i)[0] for i in range(2)] == [1, 5] and opened.steps(0) == (3, 9)
+    assert opened.is_moments(0) and not opened.is_moments(1)
+    for place, number in ((0.0, 1), (0.3, 2), (0.99999, 4)):
+        seen = opened.picked(
+            Pick(index=0, sample_id="a", step=3, draw_id="a", drops_caption=False, moment=place)
+        )
+        assert torch.equal(seen.latents, whole.latents[:, :, number : number + 1])
+        assert torch.equal(seen.positive.text, whole.positive.text)
+    all_of_it = opened.picked(Pick(index=1, sample_id="a", step=3, draw_id="a", drops_caption=False))
+    assert torch.equal(all_of_it.latents, whole.latents)
+
+
+def test_moments_are_not_taken_from_what_a_picture_or_plane_belongs_to(tmp_path: Path) -> None:
+    one = replace(pictures(tmp_path, 1).clips[0], moments=True)
+    cache(one, planes={"image": torch.randn(SHAPE)})
+    with pytest.raises(ArgumentError, match="leave moments out"):
+        open_cache(DatasetPlan(clips=(one,)), DiTFacts(text_dim=32, planes={"image": 16}))
 
 
 @pytest.mark.parametrize("of_plan", [True, False], ids=["plan", "folder"])

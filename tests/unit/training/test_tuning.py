@@ -191,6 +191,21 @@ def test_named_parts_train_alone() -> None:
         tune(dit, (vace,), TuneConfig(kind="parts", parts=("re:nothing",)))
 
 
+def test_a_fresh_dit_is_drawn_from_the_seed_and_keeps_nothing_of_its_file() -> None:
+    drawn = []
+    for seed in (0, 0, 1):
+        dit = toy_dit()
+        before = {name: p.clone() for name, p in dit.named_parameters()}
+        tune(dit, (), TuneConfig(kind="full", fresh=True, seed=seed))
+        drawn.append(dict(dit.named_parameters()))
+        matrices = [name for name, p in drawn[-1].items() if p.ndim > 1]
+        assert not any(torch.equal(before[name], drawn[-1][name]) for name in matrices)
+    first, same, other = drawn
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["blocks.0.ffn.0.weight"], other["blocks.0.ffn.0.weight"])
+    assert not first["head.head.weight"].any()
+
+
 def test_state_goes_into_the_same_run_and_into_no_other() -> None:
     dit = toy_dit()
     tuned = tune(dit, (), LORA)

@@ -1,4 +1,8 @@
-"""Train the tiny DiT and its text encoder; goes on where it was cut off."""
+"""Train the tiny text encoder; goes on where it was cut off.
+
+What words have to tell a DiT is learnt together with one. That DiT is not kept: the one that ships is trained
+by the package's own trainer (`train/recipes/tiny.yaml`), on the text encoder that stands then.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
@@ -26,7 +29,7 @@ from diffsynth.tiny import tiny_folder
 from diffsynth.tiny.draw import draw_batch
 from diffsynth.tiny.grammar import Scene, caption
 from train.tiny.data import SIZE, draw_scenes
-from train.tiny.export import DIT_FILE, TEXT_FILE, VAE_FILE, write_dit, write_text_encoder
+from train.tiny.export import VAE_FILE, write_text_encoder
 from train.tiny.muon import Muon
 from train.tiny.state import Clock, Run, cosine, save_whole
 
@@ -137,18 +140,15 @@ def _fast(device: torch.device) -> Iterator[None]:
             yield
 
 
-def train(
-    out: Path, weights: Path, minutes: float, seed: int, device: torch.device, *, goes_on: bool = False
-) -> None:
-    """Train for ``minutes`` of wall clock counted over all starts; write the averaged weights.
+def train(out: Path, weights: Path, minutes: float, seed: int, device: torch.device) -> None:
+    """Train for ``minutes`` of wall clock counted over all starts; write the text encoder's averaged weights.
 
     Args:
         out: where the state of the run lies.
-        weights: where the VAE lies, and where the finished files go.
+        weights: where the VAE lies, and where the finished file goes.
         minutes: wall clock, over all starts.
         seed: of everything drawn.
         device: where it is trained.
-        goes_on: a new run starts from the finished files in ``weights``, and with whole clips.
     """
     torch.manual_seed(seed)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # else plain attention widens to float32
@@ -164,19 +164,16 @@ def train(
     dit, encoder = WanDiT(DIT).to(device), WanTextEncoder(text_config).to(device)
     torch.nn.init.zeros_(dit.head.head.weight)
     torch.nn.init.normal_(encoder.token_embedding.weight, std=1.0)
-    if goes_on:
-        for network, name in ((dit, DIT_FILE), (encoder, TEXT_FILE)):
-            network.load_state_dict({k: v.float() for k, v in load_file(weights / name).items()})
     optimizer = Muon([*dit.parameters(), *encoder.parameters()], LEARNING_RATE, ADAM_LEARNING_RATE, 1e-2)
-    run = Run(out / "dit.pt", {"dit": dit, "text": encoder}, optimizer, ema=0.999)
-    clock = Clock(out / "dit.seconds", minutes)
+    run = Run(out / "text.pt", {"dit": dit, "text": encoder}, optimizer, ema=0.999)
+    clock = Clock(out / "text.seconds", minutes)
     rng, recent = random.Random(seed + run.step), []
     torch.manual_seed(seed + run.step)
     while (progress := clock.progress()) < 1:
         for group in optimizer.param_groups:
             rate = LEARNING_RATE if group["muon"] else ADAM_LEARNING_RATE
             group["lr"] = rate * cosine(progress)
-        latents, texts = clips.batch(rng, _shares(max(progress, STAGES[2][0]) if goes_on else progress))
+        latents, texts = clips.batch(rng, _shares(progress))
         with _fast(device):
             loss = flow_loss(dit, encoder, tokenizer, latents.to(device), texts)
         optimizer.zero_grad(set_to_none=True)
@@ -190,13 +187,5 @@ def train(
         run.advance(lambda text: print(text, flush=True))
         clock.save()
     run.save()
-    export(run, text_config, weights)
-
-
-def export(run: Run, text_config: TextEncoderConfig, weights: Path) -> None:
-    """Write the averaged weights."""
-    for name, network in run.networks.items():
-        network.load_state_dict(run.average[name])
-        network.cpu()
-    write_dit(run.networks["dit"], DIT, weights)
-    write_text_encoder(run.networks["text"], text_config, weights)
+    encoder.load_state_dict(run.average["text"])
+    write_text_encoder(encoder.cpu(), text_config, weights)
