@@ -65,9 +65,7 @@ def test_tiny_recipe_runs(file: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         "model.device": "cpu",
     }  # fmt: skip
     config = load_config(TrainConfig, file, [f"--{key}={value}" for key, value in flags.items()])
-    data = [
-        replace(one, path=str(tmp_path), num_frames=(min(17, one.num_frames[0]),)) for one in config.data
-    ]
+    data = [replace(one, path=str(tmp_path), num_frames=(min(17, one.num_frames[0]),)) for one in config.data]
     report = train(replace(config, data=tuple(data)))
     assert report.step == 2 and report.export is not None and report.export.is_file()
 

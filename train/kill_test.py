@@ -89,13 +89,20 @@ def check_training(expected: Path, found: Path) -> None:
     for path in found.rglob("*.ckpt"):
         assert not path.name.startswith("."), f"{path} is left"
         torch.load(path, weights_only=True)
-    one, other = (load_file(newest_export(folder)) for folder in (expected, found))
-    assert all(torch.equal(one[key], other[key]) for key in one), "the exported weights differ"
+    exports, others = last_exports(expected), last_exports(found)
+    assert exports.keys() == others.keys(), f"exported are {sorted(others)}, expected {sorted(exports)}"
+    for name, path in exports.items():
+        one, other = load_file(path), load_file(others[name])
+        assert one.keys() == other.keys(), name
+        assert all(torch.equal(one[key], other[key]) for key in one), f"the weights of {name} differ"
 
 
-def newest_export(output: Path) -> Path:
-    """The export that was written last."""
-    return max(output.rglob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+def last_exports(output: Path) -> dict[str, Path]:
+    """What was exported with the last checkpoint, by file name: one file, or one for each of two experts."""
+    checkpoint = max(output.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    found = {path.name: path for path in checkpoint.parent.glob(f"{checkpoint.stem}*.safetensors")}
+    assert found, f"nothing is exported beside {checkpoint}"
+    return found
 
 
 def killed_run(line: Sequence[str], whole_s: float, chance: random.Random) -> int:

@@ -38,6 +38,10 @@ GENERATION = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps":
 VAE: dict[str, object] = {"dim": 8}
 VAE22: dict[str, object] = {"dim": 8, "dec_dim": 8}
 VAE22_GENERATION = {**GENERATION, "width": 64}  # its pictures are multiples of 32
+REFERENCE_ADAPTER: Sizes = {"dim": 48, "in_dim": 16, "kernel_size": (2, 2)}
+CAMERA_ADAPTER: Sizes = {
+    "dim": 48, "in_dim": 24, "downscale": 8, "kernel_size": (2, 2), "num_residual_blocks": 1,
+}  # fmt: skip
 # kind: sizes of the DiT that differ, and the adapters of its file by their name in the registry
 KINDS: dict[str, tuple[Sizes, Mapping[str, Sizes]]] = {
     "t2v": ({}, {}),
@@ -47,19 +51,11 @@ KINDS: dict[str, tuple[Sizes, Mapping[str, Sizes]]] = {
     "control": ({"in_dim": 48, "image_dim": 32}, {}),
     "reference": (
         {"in_dim": 48, "image_dim": 32},
-        {"wan_video_reference_adapter": {"dim": 48, "in_dim": 16, "kernel_size": (2, 2)}},
+        {"wan_video_reference_adapter": REFERENCE_ADAPTER},
     ),
     "camera": (
         {"in_dim": 32, "image_dim": 32},
-        {
-            "wan_video_camera_adapter": {
-                "dim": 48,
-                "in_dim": 24,
-                "downscale": 8,
-                "kernel_size": (2, 2),
-                "num_residual_blocks": 1,
-            }
-        },
+        {"wan_video_camera_adapter": CAMERA_ADAPTER},
     ),
     "vace": (
         {},
@@ -77,19 +73,11 @@ KINDS: dict[str, tuple[Sizes, Mapping[str, Sizes]]] = {
     # of Wan2.2, which has no image encoder
     "control-a14b": (
         {"in_dim": 52},
-        {"wan_video_reference_adapter": {"dim": 48, "in_dim": 16, "kernel_size": (2, 2)}},
+        {"wan_video_reference_adapter": REFERENCE_ADAPTER},
     ),
     "camera-a14b": (
         {"in_dim": 36},
-        {
-            "wan_video_camera_adapter": {
-                "dim": 48,
-                "in_dim": 24,
-                "downscale": 8,
-                "kernel_size": (2, 2),
-                "num_residual_blocks": 1,
-            }
-        },
+        {"wan_video_camera_adapter": CAMERA_ADAPTER},
     ),
     # with the Wan2.2 VAE
     "ti2v": ({"in_dim": VAE22_CHANNELS, "out_dim": VAE22_CHANNELS}, {}),

@@ -147,7 +147,7 @@ class Fp8Linear(nn.Module):
         return widen(self.weight, self.weight_scale, dtype, out)
 
     def extra_repr(self) -> str:
-        """Sizes and arithmetic, for print()."""
+        """Sizes and arithmetic, as PyTorch shows a module."""
         return f"in_features={self.in_features}, out_features={self.out_features}, compute={self.compute!r}"
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:

@@ -5,8 +5,8 @@ A step's samples all come from one bucket (one shape of latents), and there are
 samples a fraction falls to changes from epoch to epoch. The last step of a bucket is filled up by repeating
 some of its samples; nothing is dropped.
 
-Samples may be for a part of the run alone. Where the samples that take part change, a new stage begins, and in
-it a new epoch.
+Samples may be for a part of the run alone. Where the samples that take part change, a new stage begins, and
+in it a new epoch.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from diffsynth.errors import ArgumentError, MediaReadError
+from diffsynth.training.batches import Pick
 from diffsynth.training.cache_facts import DiTFacts
 from diffsynth.training.cache_hashes import FileHashes
 from diffsynth.training.cache_keys import (
@@ -26,7 +27,6 @@ from diffsynth.training.cache_keys import (
     facts_of_clip,
     folder_of,
 )
-from diffsynth.training.batches import Pick
 from diffsynth.training.dataset.clips import Clip, DatasetPlan, Steps
 from diffsynth.training.samples import EncodedSample, SampleHeader
 from diffsynth.training.v1_cache import V1_SUFFIX, header_v1, load_v1

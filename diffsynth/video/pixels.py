@@ -320,7 +320,11 @@ def _plain_array(frame: object, index: int) -> Array:
     if isinstance(frame, list | tuple):
         raise ArgumentError(f"frame {index} is a list; give one video at a time: videos[0] is the first.")
     if not isinstance(frame, np.ndarray) or frame.dtype not in (np.uint8, np.float32):
-        kind = f"an array of {frame.dtype}" if isinstance(frame, np.ndarray) else f"a {type(frame).__name__}"
+        kind = (
+            f"an array of {frame.dtype}"
+            if isinstance(frame, np.ndarray)
+            else f"of type {type(frame).__name__}"
+        )
         raise ArgumentError(
             f"frame {index} is {kind}; give PIL pictures, uint8 arrays (H, W, 3) or real numbers in [0, 1]."
         )

@@ -139,6 +139,35 @@ def test_one_time_per_frame_equals_one_time_per_token() -> None:
     assert torch.equal(one, same) and not torch.allclose(one, made[0])
 
 
+@pytest.mark.parametrize(
+    ("grid", "num_clean"),
+    # patches of A14B at 480 x 832 x 81, and of TI2V-5B at 704 x 1280 x 121 with its first frame pinned
+    [pytest.param((21, 30, 52), 0, id="A14B"), pytest.param((31, 22, 40), 1, id="5B")],
+)
+def test_time_embeddings_take_a_hundredth_of_those_by_token_and_less(
+    grid: tuple[int, int, int], num_clean: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_tokens = grid[0] * grid[1] * grid[2]
+    by_frame = torch.full((1, grid[0]), 700.0)
+    by_frame[:, :num_clean] = 0.0
+    times, _ = read_clocks(by_frame.repeat_interleave(grid[1] * grid[2], dim=1), grid)
+    assert num_tokens >= 100 * times.shape[1]
+    # and the network embeds those alone
+    made: list[int] = []
+    embed = WanDiT._embed_time
+
+    def counting(dit: WanDiT, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        both = embed(dit, given)
+        made.append(sum(tensor.untyped_storage().nbytes() for tensor in both))
+        return both
+
+    monkeypatch.setattr(WanDiT, "_embed_time", counting)
+    dit = _dit()
+    frames = torch.tensor([[0.0, 700.0, 700.0]]) if num_clean else torch.full((1, 3), 700.0)
+    dit(LATENTS, frames.repeat_interleave(6, dim=1), [dit.prepare(_text())])
+    assert made == [4 * 7 * dit.config.dim * times.shape[1]]
+
+
 def test_both_sides_of_the_guidance_together_equal_each_alone() -> None:
     dit = _dit()
     sides = [_text(5), _text(9)]
