@@ -1,6 +1,6 @@
 """Which samples a step sees: a function of (seed, step), so that a run may stop and go on anywhere.
 
-A step's samples all come from one bucket (one shape of latents), and there are
+A step's samples all come from one bucket (one shape of latents, one batch size), and there are
 ``batch_size x accumulate x ranks`` of them. An epoch visits every sample as often as its repeats say; which
 samples a fraction falls to changes from epoch to epoch. The last step of a bucket is filled up by repeating
 some of its samples; nothing is dropped.
@@ -12,7 +12,7 @@ in it a new epoch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -43,6 +43,9 @@ class Samples(Protocol):
 
     def caption_dropout(self, index: int) -> float:
         """Share of the steps in which it goes without its caption."""
+
+    def batch_size(self, index: int) -> int:
+        """Samples of one pass of one rank, where the sample wants a number of its own; 0: the run's."""
 
     def steps(self, index: int) -> tuple[int, int]:
         """The first step that sees the sample, and the first that does not any more; 0: to the end."""
@@ -76,6 +79,7 @@ class Batches:
     Args:
         samples: those that are trained on.
         size: samples of a step, over all ranks and accumulated passes.
+        passes: of a step, over all ranks; for samples with a batch size of their own.
         seed: of the order.
         num_steps: of the run; None: not known, and the samples of all stages are looked at.
         indices: which of ``samples`` take part; None: all.
@@ -91,6 +95,7 @@ class Batches:
         samples: Samples,
         *,
         size: int,
+        passes: int = 1,
         seed: int,
         num_steps: int | None = None,
         indices: Sequence[int] | None = None,
@@ -99,7 +104,8 @@ class Batches:
         chosen = range(len(samples)) if indices is None else indices
         if not chosen:
             raise ArgumentError("There is no sample to train on; look at `diffsynth dataset check`.")
-        self.samples, self.size, self.seed, self._epoch_steps = samples, size, seed, epoch_steps
+        self.samples, self.seed, self._epoch_steps = samples, seed, epoch_steps
+        sizes = {index: samples.batch_size(index) * passes or size for index in chosen}
         ordered = sorted(chosen, key=samples.sample_id)
         self._stages: list[_Stage] = []
         for start in _starts([samples.steps(index) for index in ordered], num_steps):
@@ -109,7 +115,7 @@ class Batches:
                     f"No dataset is seen at step {start + 1}; give one another from_step or until_step."
                 )
             before = self._stages[-1].epoch_of(start - 1) + 1 if self._stages else 0
-            self._stages.append(_Stage(samples, members, size, seed, start=start, epoch=before))
+            self._stages.append(_Stage(samples, members, sizes, seed, start=start, epoch=before))
 
     def epoch_of(self, step: int) -> int:
         """The epoch that a step belongs to."""
@@ -147,23 +153,25 @@ class _Stage:
     Args:
         samples: all.
         members: indices of those of the stage, in the order of their ids.
-        size: samples of a step.
+        sizes: of each member, samples of its steps.
         seed: of the order.
         start: the first step.
         epoch: number of the first epoch.
     """
 
     def __init__(
-        self, samples: Samples, members: Sequence[int], size: int, seed: int, *, start: int, epoch: int
-    ) -> None:
-        self.samples, self.size, self.seed, self.start, self._epoch = samples, size, seed, start, epoch
-        by_bucket: dict[Hashable, list[int]] = {}
+        self, samples: Samples, members: Sequence[int], sizes: Mapping[int, int], seed: int, *, start: int,
+        epoch: int,
+    ) -> None:  # fmt: skip
+        self.samples, self.seed, self.start, self._epoch = samples, seed, start, epoch
+        by_bucket: dict[tuple[Hashable, int], list[int]] = {}
         for index in members:
-            by_bucket.setdefault(samples.bucket(index), []).append(index)
-        self._buckets = [by_bucket[key] for key in sorted(by_bucket, key=str)]
-        self._names = sorted(map(str, by_bucket))
+            by_bucket.setdefault((samples.bucket(index), sizes[index]), []).append(index)
+        keys = sorted(by_bucket, key=lambda key: (str(key[0]), key[1]))
+        self._buckets = [by_bucket[key] for key in keys]
+        self._names, self._sizes = [str(bucket) for bucket, _ in keys], [size for _, size in keys]
         self._slots = [_num_slots(samples, bucket) for bucket in self._buckets]
-        self._steps = [ceil(slots / size) for slots in self._slots]
+        self._steps = [ceil(slots / size) for slots, size in zip(self._slots, self._sizes, strict=True)]
         # One entry per epoch is enough; workers and the training loop may stand at two.
         self._order = lru_cache(maxsize=2)(self._order_of_epoch)
         self._picked = lru_cache(maxsize=2 * len(self._buckets))(self._slots_of_epoch)
@@ -176,17 +184,20 @@ class _Stage:
     def notes(self) -> list[str]:
         """Buckets that are filled up."""
         return [
-            f"bucket {name}: {slots} samples per epoch, filled up to {steps * self.size} "
-            f"({steps} steps of {self.size}) by repeating some"
-            for name, slots, steps in zip(self._names, self._slots, self._steps, strict=True)
-            if steps * self.size != slots
+            f"bucket {name}: {slots} samples per epoch, filled up to {steps * size} "
+            f"({steps} steps of {size}) by repeating some"
+            for name, slots, steps, size in zip(
+                self._names, self._slots, self._steps, self._sizes, strict=True
+            )
+            if steps * size != slots
         ]
 
     def at(self, step: int) -> list[int]:
         """Indices of the samples of a step of the run."""
         epoch = self.epoch_of(step)
         bucket, number = self._order(epoch)[(step - self.start) % sum(self._steps)]
-        return self._picked(epoch, bucket)[number * self.size : (number + 1) * self.size]
+        size = self._sizes[bucket]
+        return self._picked(epoch, bucket)[number * size : (number + 1) * size]
 
     def _order_of_epoch(self, epoch: int) -> list[tuple[int, int]]:
         steps = [(bucket, number) for bucket, count in enumerate(self._steps) for number in range(count)]
@@ -206,7 +217,7 @@ class _Stage:
             reached = max(reached, upto)
         slots += [members[-1]] * (count - len(slots))
         slots = [slots[i] for i in _shuffle(count, self.seed, epoch, f"bucket {bucket}")]
-        total = self._steps[bucket] * self.size
+        total = self._steps[bucket] * self._sizes[bucket]
         return (slots * ceil(total / count))[:total]
 
 
@@ -217,7 +228,6 @@ class StepSampler(Sampler[list[Pick]]):
         batches: say what a step sees.
         start: the first step.
         stop: the step after the last.
-        batch_size: samples of one pass of one rank.
         accumulate: passes of a step.
         rank: of this process.
         world: number of processes.
@@ -229,14 +239,12 @@ class StepSampler(Sampler[list[Pick]]):
         *,
         start: int,
         stop: int,
-        batch_size: int,
         accumulate: int = 1,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        assert batches.size == batch_size * accumulate * world
         self._batches, self._start, self._stop = batches, start, stop
-        self._batch_size, self._accumulate, self._rank, self._world = batch_size, accumulate, rank, world
+        self._accumulate, self._rank, self._world = accumulate, rank, world
 
     def __len__(self) -> int:
         return max(0, self._stop - self._start) * self._accumulate
@@ -244,9 +252,11 @@ class StepSampler(Sampler[list[Pick]]):
     def __iter__(self) -> Iterator[list[Pick]]:
         for step in range(self._start, self._stop):
             picks = self._batches.at(step)
+            batch_size, rest = divmod(len(picks), self._accumulate * self._world)
+            assert not rest
             for number in range(self._accumulate):
-                first = (number * self._world + self._rank) * self._batch_size
-                yield list(picks[first : first + self._batch_size])
+                first = (number * self._world + self._rank) * batch_size
+                yield list(picks[first : first + batch_size])
 
 
 def _starts(steps: Sequence[tuple[int, int]], num_steps: int | None) -> list[int]:

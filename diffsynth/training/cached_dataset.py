@@ -48,6 +48,7 @@ class CachedClip:
     repeats: int = 1  # how often an epoch shows it
     weight: float = 1.0  # of its loss
     caption_dropout: float = 0.0  # share of steps without its caption
+    batch_size: int = 0  # samples of one pass on one GPU; 0: the run's
     steps: Steps = (0, 0)  # of the run that see it; 0 as the second: to the end
     moments: bool = False  # each step sees one of its later latents alone
 
@@ -92,6 +93,10 @@ class CachedDataset(Dataset[EncodedSample]):
     def caption_dropout(self, index: int) -> float:
         """Share of steps at which it is shown without its caption."""
         return self.clips[index].caption_dropout
+
+    def batch_size(self, index: int) -> int:
+        """Samples of one pass on one GPU that its dataset asks for; 0: as many as the run's."""
+        return self.clips[index].batch_size
 
     def steps(self, index: int) -> Steps:
         """The first step that sees the sample, and the first that does not any more; 0: to the end."""
@@ -208,7 +213,8 @@ def _of_plan(
     return [
         CachedClip(
             header=chosen[index], id=chosen[index].id, dataset=clip.dataset, repeats=clip.repeats,
-            weight=clip.weight, caption_dropout=clip.caption_dropout, steps=clip.steps, moments=clip.moments,
+            weight=clip.weight, caption_dropout=clip.caption_dropout, batch_size=clip.batch_size,
+            steps=clip.steps, moments=clip.moments,
         )
         for index, clip in enumerate(plan.clips)
         if index in chosen

@@ -263,9 +263,9 @@ class WanTrainingModule(LightningModule):
             ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
             dist.all_gather(ranks, own)
         every = torch.stack(ranks).cpu()
-        size, passes = self.config.run.batch_size, self.config.run.accumulate
         # (rank, 2, pass, sample) -> (2, pass, rank, sample)
-        table = every[:, :-1].view(len(ranks), 2, passes, size).permute(1, 2, 0, 3).reshape(2, -1)
+        passes = every[:, :-1].view(len(ranks), 2, self.config.run.accumulate, -1)
+        table = passes.permute(1, 2, 0, 3).reshape(2, -1)
         wished = 0
         for value in every[:, -1].tolist():
             wished |= int(value)

@@ -161,8 +161,8 @@ class Run:
         trained, self._held_out = split(self._samples, config.samples.holdout, config.samples.every)
         batches = Batches(
             self._samples, size=config.run.batch_size * config.run.accumulate * ranks.world,
-            seed=config.run.seed, num_steps=config.run.steps, indices=trained,
-            epoch_steps=config.run.steps_per_epoch,
+            passes=config.run.accumulate * ranks.world, seed=config.run.seed, num_steps=config.run.steps,
+            indices=trained, epoch_steps=config.run.steps_per_epoch,
         )  # fmt: skip
         for note in batches.notes:
             logger.warning("%s", note)
@@ -277,8 +277,8 @@ class Run:
     def _batches(self) -> DataLoader[Any]:
         run = self.config.run
         sampler = StepSampler(
-            self.module.batches, start=self.module.start, stop=run.steps, batch_size=run.batch_size,
-            accumulate=run.accumulate, rank=self._ranks.rank, world=self._ranks.world,
+            self.module.batches, start=self.module.start, stop=run.steps, accumulate=run.accumulate,
+            rank=self._ranks.rank, world=self._ranks.world,
         )  # fmt: skip
         return DataLoader(
             _Picked(self._samples), batch_sampler=sampler, collate_fn=_joined, num_workers=run.workers,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from diffsynth.ops.attention import attend
 
 PIECE_BYTES = 1 << 20  # float32 bytes worked on at a time: about half of a core's second-level cache
+ONEDNN_FROM = 20480  # channels x frames x height of one sample: PyTorch itself asks oneDNN above it alone
 
 
 class History:
@@ -67,6 +68,17 @@ class CausalConv3d(nn.Conv3d):
         del joined, past, pieces  # not beside a copy of the result
         # PyTorch gives small convolutions of one sample back in the plain layout, whatever it was given.
         return channels_last(made)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """As Conv3d; small inputs on a CPU too go through oneDNN.
+
+        PyTorch has a plain loop for one float32 sample of few channels, 20 times as slow.
+        """
+        is_left_out = x.shape[0] == 1 and x.shape[1:4].numel() <= ONEDNN_FROM and x.dtype == torch.float32
+        if is_left_out and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            options = (self.padding, self.stride, self.dilation, self.groups)
+            return cast("Tensor", torch.mkldnn_convolution(x, weight, bias, *options))
+        return super()._conv_forward(x, weight, bias)
 
 
 class RMSNorm(nn.Module):

@@ -42,6 +42,7 @@ class Clip:
     repeats: int = 1  # how often an epoch shows it
     weight: float = 1.0  # of its loss
     caption_dropout: float = 0.0
+    batch_size: int = 0  # samples of one pass on one GPU; 0: the run's
     steps: Steps = (0, 0)  # of the run that see it; 0 as the second: to the end
     moments: bool = False  # each step sees one of its later latents alone
 

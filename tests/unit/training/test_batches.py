@@ -18,8 +18,10 @@ class Toys:
         dropout: float = 0.0,
         steps: Sequence[tuple[int, int]] = ((0, 0),) * 7,
         moments: Sequence[int] = (),
+        sizes: Sequence[int] = (0,) * 7,
     ) -> None:
         self._repeats, self._dropout, self._steps, self._moments = repeats, dropout, steps, moments
+        self._sizes = sizes
 
     def __len__(self) -> int:
         return 7
@@ -38,6 +40,9 @@ class Toys:
 
     def caption_dropout(self, index: int) -> float:
         return self._dropout
+
+    def batch_size(self, index: int) -> int:
+        return self._sizes[index]
 
     def steps(self, index: int) -> tuple[int, int]:
         return self._steps[index]
@@ -97,7 +102,7 @@ def test_ranks_and_passes_take_slices_of_one_step() -> None:
     batches = Batches(Toys(), size=4, seed=0)
 
     def passes(rank: int) -> list[list[int]]:
-        sampler = StepSampler(batches, start=2, stop=5, batch_size=1, accumulate=2, rank=rank, world=2)
+        sampler = StepSampler(batches, start=2, stop=5, accumulate=2, rank=rank, world=2)
         assert len(sampler) == 6
         return [[pick.index for pick in picks] for picks in sampler]
 
@@ -148,3 +153,15 @@ def test_which_moment_is_seen_depends_on_seed_step_and_sample_alone() -> None:
     places = [pick.moment for pick in picks if pick.moment is not None]
     assert 0 <= min(places) < 0.02 and 0.98 < max(places) < 1
     assert Batches(Toys(moments=(0, 1, 2, 3, 4)), size=2, seed=0).at(399) == batches.at(399)
+
+
+def test_samples_may_have_a_batch_size_of_their_own_shared_by_ranks_and_passes() -> None:
+    toys = Toys(sizes=(0, 0, 0, 2, 2, 0, 0))
+    batches = Batches(toys, size=2, passes=2, seed=0)
+    steps = [indices(batches, step) for step in range(4)]  # of 0-2: two steps of 2; of 3-4 and 5-6: one each
+    assert sorted(len(step) for step in steps) == [2, 2, 2, 4]
+    assert all(set(step) <= {3, 4} for step in steps if len(step) == 4)
+    both = [StepSampler(batches, start=0, stop=4, rank=rank, world=2) for rank in range(2)]
+    for step, first, second in zip(range(4), *both, strict=True):
+        assert len(first) == len(second) == len(steps[step]) // 2
+        assert [pick.index for pick in (*first, *second)] == steps[step]

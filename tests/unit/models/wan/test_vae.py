@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffsynth.errors import ArgumentError
 from diffsynth.models.wan import vae_layers
 from diffsynth.models.wan.vae import VAEConfig, WanVideoVAE
-from diffsynth.models.wan.vae_layers import RMSNorm, convolve_doubled
+from diffsynth.models.wan.vae_layers import CausalConv3d, RMSNorm, convolve_doubled
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,19 @@ def test_upsampling_in_four_phases_equals_repeating_and_convolving(dtype: torch.
     made = convolve_doubled(x.to(dtype), weight.to(dtype), bias.to(dtype))
     tolerance = 1e-5 if dtype == torch.float32 else 0.1  # 8 bits of mantissa in sums of 54 products of size 1
     torch.testing.assert_close(made.float(), expected, atol=tolerance, rtol=1e-2)
+
+
+def test_a_small_convolution_of_one_sample_equals_the_plain_one() -> None:
+    torch.manual_seed(0)
+    conv, x = CausalConv3d(5, 7, 3), torch.randn(1, 5, 4, 6, 8, requires_grad=True)
+    assert x.shape[1:4].numel() <= vae_layers.ONEDNN_FROM  # else PyTorch takes that way by itself
+    plain = F.conv3d(x.double(), conv.weight.double(), conv.bias.double(), padding=(0, 1, 1))
+    made = conv(x)
+    torch.testing.assert_close(made.double(), plain, rtol=0, atol=1e-6)  # sums of 135 products in float32
+    weights = torch.randn_like(plain)
+    wanted = torch.autograd.grad((plain * weights).sum(), (x, conv.weight))
+    for grad, own in zip(wanted, torch.autograd.grad((made * weights).sum(), (x, conv.weight)), strict=True):
+        torch.testing.assert_close(own, grad, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
