@@ -75,10 +75,15 @@ class CausalConv3d(nn.Conv3d):
         PyTorch has a plain loop for one float32 sample of few channels, 20 times as slow.
         """
         is_left_out = x.shape[0] == 1 and x.shape[1:4].numel() <= ONEDNN_FROM and x.dtype == torch.float32
-        if is_left_out and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
-            options = (self.padding, self.stride, self.dilation, self.groups)
-            return cast("Tensor", torch.mkldnn_convolution(x, weight, bias, *options))
-        return super()._conv_forward(x, weight, bias)
+        has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        if is_left_out and has_onednn and x.device.type == "cpu":
+            padding = cast("tuple[int, ...]", self.padding)
+            made: Tensor = torch.mkldnn_convolution(
+                x, weight, bias, padding, self.stride, self.dilation, self.groups
+            )
+        else:
+            made = super()._conv_forward(x, weight, bias)
+        return made
 
 
 class RMSNorm(nn.Module):
