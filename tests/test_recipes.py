@@ -100,8 +100,11 @@ def test_the_tutorial_generates_with_the_file_that_its_recipe_writes() -> None:
     tutorial = PAGE.partition("## A tutorial on a CPU")[2].partition("\n## ")[0]
     config = load_config(TrainConfig, ROOT / "train" / "recipes" / "tiny_lora.yaml")
     [num_clips] = re.findall(r"--clips (\d+)", tutorial)
-    num_trained = int(num_clips) - (config.samples.holdout if config.samples.every else 0)
-    epoch_steps = ceil(num_trained / (config.run.batch_size * config.run.accumulate))
+    assert not config.samples.every  # else some are held out
+    sizes = [one.batch_size or config.run.batch_size for one in config.data]
+    epoch_steps = sum(
+        ceil(int(num_clips) * one.repeats / size) for one, size in zip(config.data, sizes, strict=True)
+    )
     name = f"epoch={(config.run.steps - 1) // epoch_steps}-step={config.run.steps}.safetensors"
     assert f"--lora {config.run.output}/lightning_logs/version_0/checkpoints/{name}" in tutorial
 

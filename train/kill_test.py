@@ -122,17 +122,19 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=20, help="kills of data_process, and of training")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, default=Path("kill_test"), help="for all that is written")
-    parser.add_argument("flags", nargs="*", help="more flags of diffsynth train, after --")
-    given = parser.parse_args()
+    parser.epilog = "What stands behind -- are more flags of diffsynth train."
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    given, flags = parser.parse_args(words[:end]), words[end + 1 :]
     chance = random.Random(given.seed)
     reference, cache = given.folder / "reference", given.folder / "reference_cache"
-    resumed = [*given.flags, "--run.resume", "latest"]
-    encode_s = run_whole(command(given.config, reference, cache, "data_process", given.flags))
+    resumed = [*flags, "--run.resume", "latest"]
+    encode_s = run_whole(command(given.config, reference, cache, "data_process", flags))
     train_s = run_whole(command(given.config, reference, cache, "train", resumed))
     print(f"undisturbed: data_process {encode_s:.1f} s, training {train_s:.1f} s")
     for number in range(given.times):
         own = given.folder / f"cache_{number}"
-        line = command(given.config, given.folder / f"encode_{number}", own, "data_process", given.flags)
+        line = command(given.config, given.folder / f"encode_{number}", own, "data_process", flags)
         starts = killed_run(line, encode_s, chance)
         check_cache(cache, own)
         print(f"data_process {number + 1}: {starts} starts, cache equal")

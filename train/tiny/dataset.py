@@ -1,4 +1,4 @@
-"""Write drawn clips and their captions as a dataset: `python -m train.tiny.dataset FOLDER --colour teal`.
+"""Write drawn clips and their captions as a dataset: `python -m train.tiny.dataset FOLDER --colour lime`.
 
 The folder is what ``diffsynth train`` reads: ``metadata.csv`` with the columns ``file_name,text``, and the
 clips in ``train/``. A colour that the tiny Wan has never seen makes a small concept to teach; ordinary clips

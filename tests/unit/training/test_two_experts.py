@@ -221,14 +221,14 @@ def test_the_tiny_pair_is_measured_with_both_files(tmp_path: Path, caplog: pytes
     dim = load_file(pair / "high_noise_model" / DIT)["blocks.0.self_attn.q.weight"].shape[0]
     for role in ROLES:
         factors = {f"{layer}.lora_A.weight": torch.ones(1, dim), f"{layer}.lora_B.weight": torch.ones(dim, 1)}
-        save_file(factors, tmp_path / f"teal_{role}_noise.safetensors")
-    words = ["--model", str(pair), "--colour", "teal", "--captions", "1", "--steps", "2", "--num-frames", "5"]
+        save_file(factors, tmp_path / f"lime_{role}_noise.safetensors")
+    words = ["--model", str(pair), "--colour", "lime", "--captions", "1", "--steps", "2", "--num-frames", "5"]
     with caplog.at_level("INFO", logger="diffsynth"):
         measure(
-            [*words, "--sampler", "unipc", "--no-two-shapes", "--lora", str(tmp_path / "teal.safetensors")]
+            [*words, "--sampler", "unipc", "--no-two-shapes", "--lora", str(tmp_path / "lime.safetensors")]
         )
     told = [record.message for record in caplog.records if "LoRA" in record.message]
-    assert all(any(f"teal_{role}_noise" in line for line in told) for role in ROLES), told
+    assert all(any(f"lime_{role}_noise" in line for line in told) for role in ROLES), told
 
 
 @pytest.mark.parametrize("place", ["ram", "disk"])
