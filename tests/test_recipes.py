@@ -101,7 +101,7 @@ def test_the_tutorial_generates_with_the_file_that_its_recipe_writes() -> None:
     config = load_config(TrainConfig, ROOT / "train" / "recipes" / "tiny_lora.yaml")
     [num_clips] = re.findall(r"--clips (\d+)", tutorial)
     assert not config.samples.every  # else some are held out
-    sizes = [one.batch_size or config.run.batch_size for one in config.data]
+    sizes = [one.own_batch_size or config.run.batch_size for one in config.data]
     epoch_steps = sum(
         ceil(int(num_clips) * one.repeats / size) for one, size in zip(config.data, sizes, strict=True)
     )

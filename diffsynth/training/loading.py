@@ -222,7 +222,7 @@ def run_facts(config: TrainConfig, loaded: Loaded, samples: CachedDataset, world
         "seed": str(run.seed),
         "samples of a step": str(run.batch_size * run.accumulate * world),
     }
-    if sizes := [one.batch_size * run.accumulate * world for one in config.data if one.batch_size]:
+    if sizes := [one.own_batch_size * run.accumulate * world for one in config.data if one.own_batch_size]:
         told["samples of a step"] += f", of some datasets {', '.join(map(str, sizes))}"
     if config.experts != ExpertsConfig():
         told["experts"] = json.dumps(asdict(config.experts))

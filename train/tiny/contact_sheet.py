@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=6, help="captions with two shapes among them")
     parser.add_argument("--colour", choices=tuple(TAUGHT_COLOURS), help="of every first shape")
     parser.add_argument("--lora", type=Path, help="shown beside the model without it")
+    parser.add_argument("--cfg-scale", type=float, help="strength of guidance; default: the model's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-frames", type=int, default=17)
     given = parser.parse_args()
@@ -53,11 +54,12 @@ def main() -> None:
         scenes = [recoloured(scene, given.colour) for scene in scenes]
     captions = [caption(scene, rng) for scene in scenes]
     pipe = WanVideoPipeline.from_pretrained(given.model, torch_dtype=torch.float32, device="cpu")
-    videos = pipe(captions, seed=given.seed, num_frames=given.num_frames)
+    call = {} if given.cfg_scale is None else {"cfg_scale": given.cfg_scale}
+    videos = pipe(captions, seed=given.seed, num_frames=given.num_frames, **call)
     columns = 3
     if given.lora is not None:
         pipe.load_lora(given.lora)
-        taught = pipe(captions, seed=given.seed, num_frames=given.num_frames)
+        taught = pipe(captions, seed=given.seed, num_frames=given.num_frames, **call)
         videos = [video for both in zip(videos, taught, strict=True) for video in both]
         captions = [text for one in captions for text in (one, "with the LoRA")]
         columns = 2

@@ -48,7 +48,7 @@ class DatasetConfig:
     # around it to tell. For text-to-video models.
     moments: bool = False
     weight: float = 1.0  # of the loss of its clips
-    batch_size: int = 0  # samples of one pass on one GPU, such as more of pictures; 0: run.batch_size
+    own_batch_size: int = 0  # samples of one pass on one GPU, such as more of pictures; 0: run.batch_size
     caption_dropout: float = 0.0  # share of steps at which a clip is shown without its caption, 0 to 1
     flip: bool = False  # also every clip mirrored; not for text, hands, or anything with a left and a right
     trigger: str = ""  # put in front of every caption, with a blank; "" leaves captions alone
@@ -64,8 +64,10 @@ class DatasetConfig:
             raise ArgumentError(f"repeats is {self.repeats}; give a number above 0 (1 shows each clip once).")
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise ArgumentError(f"weight is {self.weight}; give a number above 0, or leave the dataset out.")
-        if self.batch_size < 0:
-            raise ArgumentError(f"batch_size is {self.batch_size}; give 1 or more (0: run.batch_size).")
+        if self.own_batch_size < 0:
+            raise ArgumentError(
+                f"own_batch_size is {self.own_batch_size}; give 1 or more (0: run.batch_size)."
+            )
         if self.from_step < 0 or (self.until_step != 0 and self.until_step <= self.from_step):
             raise ArgumentError(
                 f"from_step is {self.from_step} and until_step {self.until_step}; give 0 or more, and an "

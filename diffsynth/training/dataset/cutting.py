@@ -64,7 +64,7 @@ def clips_of(
                             item=item, dataset=dataset, stem=stem, indices=indices, input_indices=inputs,
                             height=height, width=width, resize=config.resize, flip=flip, repeats=repeats,
                             weight=config.weight, caption_dropout=config.caption_dropout,
-                            batch_size=config.batch_size,
+                            batch_size=config.own_batch_size,
                             steps=(config.from_step, config.until_step), moments=config.moments,
                         )
                     )  # fmt: skip

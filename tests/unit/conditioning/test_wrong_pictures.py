@@ -24,7 +24,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("i2v", {"input_image": "a.png"}, "^input_image is 'a.png'; open a file first"),
     ("i2v", {"input_image": VIDEO}, r"^input_image has the shape \(5, 3, 32, 48\)"),
-    ("flf2v", {"input_image": PICTURE, "end_image": 5}, "^end_image is a int; give PIL pictures"),
+    ("flf2v", {"input_image": PICTURE, "end_image": 5}, "^end_image is of type int; give PIL pictures"),
     ("reference", {**CONTROL, "reference_image": "a.png"}, "^reference_image is 'a.png'; open a file first"),
     ("control", {"control_video": "a.mp4"}, "^control_video is 'a.mp4'; open a file first"),
     ("vace", {"vace_reference_image": "a.png"}, "^vace_reference_image is 'a.png'; open a file first"),

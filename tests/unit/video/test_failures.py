@@ -70,7 +70,7 @@ BAD_FRAMES = [
     pytest.param(torch.rand(1, 2, 3, 8, 8), "give one video", id="a-batch-tensor"),
     pytest.param([noise()[:, :, :2]], r"the shape \(48, 64, 2\)", id="two-channels"),
     pytest.param("video.mp4", "open a file first", id="a-path"),
-    pytest.param([None], "a NoneType", id="nothing"),
+    pytest.param([None], "of type NoneType", id="nothing"),
 ]
 
 

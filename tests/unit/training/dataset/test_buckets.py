@@ -24,7 +24,7 @@ from diffsynth.training.dataset.config import DatasetConfig, v1_dataset
         ({"fps": "fast"}, "'native'"),
         ({"fps": 0.0}, "above 0"),
         ({"caption_dropout": 1.5}, "0 to 1"),
-        ({"batch_size": -1}, "batch_size is -1"),
+        ({"own_batch_size": -1}, "own_batch_size is -1"),
         ({"from_step": 5, "until_step": 5}, "above from_step"),
         ({"num_frames": (1,), "moments": True}, "5 frames or more"),
         ({"repeats": 0.0}, "above 0"),
