@@ -1,7 +1,8 @@
 """Train the tiny text encoder; goes on where it was cut off.
 
-What words have to tell a DiT is learnt together with one. That DiT is not kept: the one that ships is trained
-by the package's own trainer (`train/recipes/tiny.yaml`), on the text encoder that stands then.
+What words have to tell a DiT is learnt together with one. That DiT is not written: on the text encoder that
+stands then one is trained by the package's own trainer (`train/recipes/tiny.yaml`). The DiT that ships is
+still that of such a run as this.
 """
 
 from __future__ import annotations
