@@ -30,6 +30,7 @@ class CheckRequest:
     """What the command was given beside the datasets."""
 
     model: str  # a known size, or the path of a DiT
+    dit: DiTSizes | None  # of that path
     fps: float  # of the model
     grid: int  # pixels
     batch: int
@@ -125,11 +126,13 @@ def check(  # noqa: PLR0913
             )
             for path in paths
         ]  # fmt: skip
-        is_big = model == "5B"
+        dit = _dit_sizes(model)
+        is_big = model == "5B" or (dit is not None and dit.spatial_stride == 16)
         run_check(
             configs,
             CheckRequest(
-                model=model, fps=model_fps or (24.0 if is_big else 16.0), grid=grid or (32 if is_big else 16),
+                model=model, dit=dit, fps=model_fps or (24.0 if is_big else 16.0),
+                grid=grid or (32 if is_big else 16),
                 batch=batch, accumulation=accumulate, vram_gb=vram, tflops=tflops, sheet=sheet, decode=decode,
                 workers=workers, list_folder=lists, as_json=as_json,
             ),
@@ -145,7 +148,6 @@ def run_check(configs: Sequence[DatasetConfig], request: CheckRequest) -> None:
     from diffsynth.training.dataset.planning import plan_dataset
     from diffsynth.training.dataset.report import report_of, to_object, to_text
 
-    dit = _dit_sizes(request.model)
     if request.sheet is not None:
         _check_sheet(request.sheet, configs)
     plan = plan_dataset(
@@ -153,7 +155,7 @@ def run_check(configs: Sequence[DatasetConfig], request: CheckRequest) -> None:
         list_folder=request.list_folder, decode=request.decode,
     )  # fmt: skip
     report = report_of(
-        plan, dit=dit, dit_name=request.model, batch=request.batch, accumulation=request.accumulation,
+        plan, dit=request.dit, dit_name=request.model, batch=request.batch, accumulation=request.accumulation,
         vram_gb=request.vram_gb, tflops=request.tflops,
     )  # fmt: skip
     told = to_object(report)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -13,6 +15,8 @@ from diffsynth.errors import MissingPackageError
 
 if TYPE_CHECKING:
     from diffsynth.training.config import TrainConfig
+
+ENCODED_WITH = "data_process.yaml"  # in the output folder: the settings of the last encoding
 
 USAGE = """Usage: diffsynth train [CONFIG.yaml] [--key.sub VALUE ...] [--quiet] [--debug]
 
@@ -41,7 +45,11 @@ def run_train(arguments: Sequence[str]) -> None:
     path = None if given[0].startswith("--") else given[0]
     flags = given if path is None else given[1:]
     with log_to_stderr(len(given) < len(arguments)):
-        typer.echo(str(_train(_config(path, flags))))
+        config = _config(path, flags)
+        report = _train(config)
+        if config.run.task == "data_process" and os.environ.get("RANK", "0") == "0":
+            _keep_settings(config)
+        typer.echo(str(report))
 
 
 def _help() -> str:
@@ -65,6 +73,13 @@ def _train(config: TrainConfig) -> object:
         from diffsynth.training.run import train
 
     return train(config)
+
+
+def _keep_settings(config: TrainConfig) -> None:
+    """Of an encoding alone; a training saves its settings in a folder of its own."""
+    from diffsynth.training.config_files import save_config
+
+    save_config(config, Path(config.run.output).expanduser() / ENCODED_WITH)
 
 
 @contextmanager

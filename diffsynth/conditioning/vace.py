@@ -45,6 +45,10 @@ class VaceCondition:
         # The nearest, because a pipeline may round what the network is told.
         return min(zip(self.times, self.scales, strict=True), key=lambda pair: abs(pair[0] - time))[1]
 
+    def front(self, num_frames: int, num_channels: int) -> Tensor:
+        """Clean latents of the pictures in front, (B or 1, num_channels, num_frames, h, w)."""
+        return self.context[:, :num_channels, :num_frames]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VaceInputs:

@@ -35,6 +35,12 @@ class Samples(Protocol):
     def sample_id(self, index: int) -> str:
         """Stays the same wherever and in whatever order the samples lie."""
 
+    def name(self, index: int) -> str:
+        """Of its file, for people."""
+
+    def source(self, index: int) -> Hashable:
+        """The file that it was made of; a file may give several samples."""
+
     def repeats(self, index: int) -> float:
         """How often the sample is seen per epoch."""
 

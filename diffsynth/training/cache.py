@@ -136,7 +136,10 @@ def process(
     listed = _listed(tally.dropped, plan, config, rank, world)
     if clips and all(not job.path.exists() for job in jobs):
         reasons = "; ".join(sorted({d.reason for d in tally.dropped})[:3])
-        raise ArgumentError(f"None of the {len(clips)} clips could be encoded: {reasons}")
+        text = f"None of the {len(clips)} clips could be encoded: {reasons}"
+        if world == 1:
+            raise ArgumentError(text)
+        logger.error("Process %d of %d: %s", rank, world, text)  # others may have better ones
     stale = _stale(jobs, config, lost)
     report = CacheReport(
         samples=tuple(job.path for job in jobs if job.path.exists()), num_written=tally.num_written,

@@ -27,7 +27,9 @@ from diffsynth.training.cache_keys import (
     facts_of_clip,
     folder_of,
 )
-from diffsynth.training.dataset.clips import Clip, DatasetPlan, Steps
+from diffsynth.training.dataset.clips import Clip, DatasetPlan, Dropped, Steps
+from diffsynth.training.dataset.items import LIST_PREFIX
+from diffsynth.training.dataset.planning import write_dropped
 from diffsynth.training.samples import EncodedSample, SampleHeader
 from diffsynth.training.v1_cache import V1_SUFFIX, header_v1, load_v1
 
@@ -36,6 +38,8 @@ logger = logging.getLogger("diffsynth")
 HASH_WORKERS = 4
 MAX_NAMED = 3
 REMEDY = "make the cache anew (--task data_process)"
+NOT_CACHED = f"{LIST_PREFIX}not_cached.txt"
+V1_STRIDE = 8  # of its VAE, in height and width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,15 @@ class CachedDataset(Dataset[EncodedSample]):
         """Stable and unique: what noise is drawn by."""
         return self.clips[index].id
 
+    def source(self, index: int) -> str:
+        """Hash of the media file that it was made of; of v1, its name."""
+        header = self.clips[index].header
+        return header.meta.get("file") or str(header.path)
+
+    def name(self, index: int) -> str:
+        """Of its file, for people."""
+        return self.clips[index].header.path.name
+
     def repeats(self, index: int) -> int:
         """How often an epoch shows the sample."""
         return self.clips[index].repeats
@@ -118,6 +131,7 @@ def open_cache(
     cache_dir: str | None = None,
     strict: bool = False,
     rank: int = 0,
+    list_folder: Path | None = None,
 ) -> CachedDataset:
     """Find the cached samples of a dataset and check that they can be trained on together.
 
@@ -126,7 +140,8 @@ def open_cache(
         facts: of the DiT; None leaves out the check against it.
         cache_dir: as in `CacheConfig`, with a plan.
         strict: a clip of the plan without a sample is an error; otherwise it is named and left out.
-        rank: of this process.
+        rank: of this process; the first one writes the list.
+        list_folder: where the clips without a sample are listed.
 
     Raises:
         ArgumentError: when there is no sample, samples do not belong together or do not fit the DiT, or
@@ -134,7 +149,9 @@ def open_cache(
         CheckpointError: for a damaged sample.
     """
     if isinstance(source, DatasetPlan):
-        found = _of_plan(source, facts, cache_dir, strict, rank)
+        found, missing = _of_plan(source, facts, cache_dir, rank)
+        listed = list_folder if rank == 0 else None
+        _tell_missing(missing, len(source.clips), strict, listed)
     else:
         found = [CachedClip(header=h, id=h.id) for h in _of_paths(source)]
     if not found:
@@ -192,9 +209,9 @@ def _of_paths(source: str | Path | Sequence[str | Path]) -> list[SampleHeader]:
 
 
 def _of_plan(
-    plan: DatasetPlan, facts: DiTFacts | None, cache_dir: str | None, strict: bool, rank: int
-) -> list[CachedClip]:
-    """The sample of each clip, all by the same encoders."""
+    plan: DatasetPlan, facts: DiTFacts | None, cache_dir: str | None, rank: int
+) -> tuple[list[CachedClip], list[Clip]]:
+    """The sample of each clip, all by the same encoders; and the clips that have none."""
     hashes = FileHashes(None if cache_dir is None else Path(cache_dir).expanduser(), rank)
     hashes.learn(dict.fromkeys(clip.item.media for clip in plan.clips), HASH_WORKERS, lambda _: None)
     files = cached_files(folder_of(clip.item.media, cache_dir) for clip in plan.clips)
@@ -209,7 +226,7 @@ def _of_plan(
         fits = {k: v for k, v in made_by.items() if any(not _misfit(h, facts) for h in v.values())}
         made_by = fits or made_by
     chosen = _one_maker(made_by, plan)
-    _tell_missing([clip for i, clip in enumerate(plan.clips) if i not in chosen], len(plan.clips), strict)
+    missing = [clip for index, clip in enumerate(plan.clips) if index not in chosen]
     return [
         CachedClip(
             header=chosen[index], id=chosen[index].id, dataset=clip.dataset, repeats=clip.repeats,
@@ -218,7 +235,7 @@ def _of_plan(
         )
         for index, clip in enumerate(plan.clips)
         if index in chosen
-    ]  # fmt: skip
+    ], missing  # fmt: skip
 
 
 def _candidates(
@@ -243,7 +260,9 @@ def _candidates(
     old = folder / f"{media.name}{V1_SUFFIX}"
     if not found and old.is_file():
         header = header_v1(old)
-        if header.latent_shape[2] == (len(clip.indices) - 1) // 4 + 1:
+        frames, height, width = clip.bucket
+        wanted_shape = ((frames - 1) // 4 + 1, height // V1_STRIDE, width // V1_STRIDE)
+        if header.latent_shape[2:] == wanted_shape:
             found.append(header)
     return found
 
@@ -251,14 +270,15 @@ def _candidates(
 def _one_maker(
     made_by: Mapping[tuple[str, ...], dict[int, SampleHeader]], plan: DatasetPlan
 ) -> dict[int, SampleHeader]:
-    """The samples of one set of encoders that has every clip that any has; of several sets the newest."""
+    """Of several sets of encoders or settings the newest; it must have every clip that any other has."""
     if not made_by:
         return {}
 
-    def rank(samples: Mapping[int, SampleHeader]) -> tuple[int, float]:
-        return len(samples), max(header.path.stat().st_mtime for header in samples.values())
+    def age(samples: Mapping[int, SampleHeader]) -> float:
+        return max(header.path.stat().st_mtime for header in samples.values())
 
-    chosen = max(made_by.values(), key=rank)
+    # Never an older set for being more complete: it would be trained on after the encoders were changed.
+    chosen = max(made_by.values(), key=age)
     for samples in made_by.values():
         for index, header in samples.items():
             if index not in chosen:
@@ -273,14 +293,17 @@ def _one_maker(
     return chosen
 
 
-def _tell_missing(missing: Sequence[Clip], num_clips: int, strict: bool) -> None:
+def _tell_missing(missing: Sequence[Clip], num_clips: int, strict: bool, folder: Path | None) -> None:
+    reason = "no cached sample of this caption, size and file"
+    dropped = [Dropped(media=clip.item.media, reason=reason, dataset=clip.dataset) for clip in missing]
+    listed = None if folder is None else write_dropped(dropped, folder, NOT_CACHED)
     if not missing:
         return
     names = ", ".join(clip.item.media.name for clip in missing[:MAX_NAMED])
     text = (
-        f"{len(missing)} of {num_clips} clips have no cached sample of this caption, size and file: {names}"
-        f"{' ...' if len(missing) > MAX_NAMED else ''}. Run --task data_process, which says why a clip is "
-        "left out."
+        f"{len(missing)} of {num_clips} clips have {reason}: {names}"
+        f"{' ...' if len(missing) > MAX_NAMED else ''}{f' (all: {listed})' if listed else ''}. Run --task "
+        "data_process, which says why a clip is left out."
     )
     if strict:
         raise MediaReadError(text)

@@ -7,7 +7,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -94,8 +94,7 @@ class StepLog(Callback):
                 row |= {f"{n}_{report.role}_noise": v for n, v in zip(OF_EXPERT, values, strict=True)}
             if self.validation_loss is not None:
                 row["validation_loss"], self.validation_loss = self.validation_loss, None
-            for one in trainer.loggers:
-                one.log_metrics(row, step=report.step)
+            write_rows(trainer, row, report.step)
             self._bar.set_postfix(loss=f"{report.loss:.4f}", wait=f"{self._waits_s:.2f}s", refresh=False)
             self._bar.update()
             self._waits_s, self._step_began = 0.0, now
@@ -115,6 +114,15 @@ class StepLog(Callback):
             if self._dataset_of is not None:
                 found.setdefault(f"loss_{self._dataset_of(pick.index)}", []).append(loss)
         return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def write_rows(trainer: Trainer, row: Mapping[str, float], step: int) -> None:
+    """Tell all loggers. A disk that is full costs the row, not the run: what was learnt is still there."""
+    for one in trainer.loggers:
+        try:
+            one.log_metrics(dict(row), step=step)
+        except OSError as error:
+            logger.error("No row of step %d in the log of %s: %s. Training goes on.", step, one.name, error)
 
 
 def peak_gb() -> float:

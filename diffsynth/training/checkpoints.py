@@ -163,9 +163,10 @@ def require_same_run(path: Path, state: State, facts: Mapping[str, str]) -> None
     """
     for name in MUST_AGREE:
         if state.facts.get(name) != facts[name]:
+            was, now = (f"{one.get(name)}{_files(one, name)}" for one in (state.facts, facts))
             raise ArgumentError(
-                f"{path} was trained with {name} {state.facts.get(name)}, and this run has {facts[name]}. Go "
-                "on with the same, or take the weights alone with run.start_from."
+                f"{path} was trained with {name} {was}, and this run has {now}. Go on with the same, or take "
+                "the weights alone with run.start_from."
             )
     for name in sorted(set(facts) - set(MUST_AGREE)):
         if state.facts.get(name) != facts[name]:
@@ -215,6 +216,11 @@ class _Noting:
 
     def flush(self) -> None:
         self._file.flush()
+
+
+def _files(facts: Mapping[str, str], name: str) -> str:
+    """Names of files say more to people than a hash."""
+    return f" ({facts['model files']})" if name == "model" and "model files" in facts else ""
 
 
 def _last(paths: list[Path]) -> Path | None:

@@ -17,7 +17,17 @@ from diffsynth.training.objective import ObjectiveConfig
 from diffsynth.training.tuning import WITH_FACTORS, TuneConfig
 
 Schedule = Literal["constant", "linear", "cosine", "cosine_restarts", "decay"]
-Strategy = Literal["auto", "ddp", "fsdp2"]
+Strategy = Literal["auto", "ddp", "fsdp2", "deepspeed_stage_1", "deepspeed_stage_2"]
+ZERO_STAGES = {"deepspeed_stage_1": 1, "deepspeed_stage_2": 2}
+# Optimizers that treat each number by itself: a piece of a long vector is as good to them as a whole weight.
+ELEMENTWISE = (
+    "adamw",
+    "sgd",
+    "torch.optim.AdamW",
+    "torch.optim.Adam",
+    "torch.optim.SGD",
+    "torch.optim.RMSprop",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +141,9 @@ class RunConfig:
     loggers: tuple[str, ...] = ()  # besides CSV and TensorBoard: wandb, swanlab
     devices: int = 0  # processes on this machine; 0: every GPU, or one process on the CPU
     nodes: int = 1  # machines; start it on each with torchrun
-    strategy: Strategy = "auto"  # auto: one process, or ddp. fsdp2 shards the weights over the GPUs
+    # auto: one process, or ddp. fsdp2 shards the weights over the GPUs, deepspeed_stage_1 what an optimizer
+    # keeps, deepspeed_stage_2 the gradients too.
+    strategy: Strategy = "auto"
     timeout_s: float = 1800.0  # how long a process waits for the others before it gives up
 
     def __post_init__(self) -> None:
@@ -155,6 +167,7 @@ class SampleConfig:
     # At which the loss is measured: shares of the noise levels that training draws, from the noisiest.
     quantiles: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     prompts: tuple[str, ...] = ()  # of videos at each validation; needs model.text_encoder and model.vae
+    input_images: tuple[str, ...] = ()  # one for each prompt, of an image-to-video model: files
     negative_prompt: str = ""  # of those videos
     seed: int = 0  # of those videos, and of the noise of the validation loss
     height: int | None = None  # pixels; none: the model's
@@ -168,6 +181,11 @@ class SampleConfig:
         _at_least(self.holdout, 0, "holdout")
         for quantile in self.quantiles:
             _share(quantile, "quantiles")
+        if self.input_images and len(self.input_images) != len(self.prompts):
+            raise ArgumentError(
+                f"samples.input_images names {len(self.input_images)} pictures for {len(self.prompts)} "
+                "prompts; give one for each."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,8 +217,24 @@ class TrainConfig:
                 "run.strategy fsdp2 goes neither with tune.kind dora, which reads whole weights, nor with "
                 "tune.rounding stochastic; use ddp, or lora with masters."
             )
+        if self.run.strategy in ZERO_STAGES:
+            self._check_deepspeed()
+        if self.tune.rounding == "stochastic" and self.optimizer.name.startswith(("prodigy", "schedule")):
+            raise ArgumentError(
+                f"optimizer.name is {self.optimizer.name!r}, which looks at all weights at once, and "
+                "tune.rounding stochastic steps some at a time; use masters, or adamw."
+            )
         if not self.data:
             raise ArgumentError("data is empty; name a dataset: --data.0.path FOLDER.")
+
+    def _check_deepspeed(self) -> None:
+        if self.model.dit_low or self.tune.rounding == "stochastic" or self.optimizer.name not in ELEMENTWISE:
+            raise ArgumentError(
+                f"run.strategy {self.run.strategy} steps one optimizer on pieces of a long vector: it goes "
+                "neither with two experts (model.dit_low), nor with tune.rounding stochastic, nor with "
+                f"optimizers other than {', '.join(ELEMENTWISE)} (optimizer.name is "
+                f"{self.optimizer.name!r}); use ddp or fsdp2."
+            )
 
     def _check_experts(self) -> None:
         if not self.model.dit_low and self.experts != ExpertsConfig() and self.run.task != "data_process":

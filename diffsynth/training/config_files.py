@@ -20,6 +20,8 @@ from diffsynth.training.config_table import either, inner_dataclass, rows
 from diffsynth.video.paths import replacing
 
 T = TypeVar("T")
+# Flags that mean several settings at once: nothing may be left out, neither of the data nor of the cache.
+EVERYWHERE = {"strict": ("data", "cache")}
 _BY_TYPE = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -46,7 +48,8 @@ def load_config(cls: type[T], path: str | Path | None, flags: Sequence[str] = ()
     if path is not None:
         content = _read(Path(path))
     for key, value in _pairs(cls, flags):
-        _lay_over(cls, content, key, value)
+        for place in _places(content, key):
+            _lay_over(cls, content, place, value)
     built: T = build(cls, content, "")
     return built
 
@@ -122,8 +125,23 @@ def _pairs(cls: Any, flags: Sequence[str]) -> Iterator[tuple[str, _Typed]]:
         yield _full_key(cls, name.replace("-", "_")), _Typed(value)
 
 
+def _places(content: Mapping[str, Any], key: str) -> list[str]:
+    """Where a flag's value goes: one place, or all of a wish that has several."""
+    if key not in EVERYWHERE:
+        return [key]
+    found = []
+    for section in EVERYWHERE[key]:
+        several = content.get(section)
+        found += (
+            [f"{section}.{number}.{key}" for number in range(len(several))]
+            if isinstance(several, list)
+            else [f"{section}.{key}"]
+        )
+    return found
+
+
 def _full_key(cls: Any, key: str) -> str:
-    if "." in key or key in {field.name for field in fields(cls)}:
+    if "." in key or key in {field.name for field in fields(cls)} or key in EVERYWHERE:
         return key
     found = [row.key for row in rows(cls) if row.key.rpartition(".")[2] == key]
     if len(found) > 1:

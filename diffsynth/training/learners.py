@@ -70,8 +70,8 @@ class Learner:
         return make_optimizer(stepped.values(), replace(config, learning_rate=self.learning_rate))
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Shards are put together inside, for a file to be written; all ranks enter."""
+    def whole(self, *, keeps: bool = True) -> Iterator[None]:
+        """Shards are put together inside, for a file to be written; all ranks enter, writers keep them."""
         with_factors = self.tuned.config.kind in WITH_FACTORS
         places = self._places.values() if with_factors else [
             (module, leaf) for module in self.denoiser.modules() for leaf in module._parameters
@@ -79,7 +79,7 @@ class Learner:
         kept = [(m, leaf, p) for m, leaf in places if isinstance(p := m._parameters[leaf], DTensor)]
         for module, leaf, parameter in kept:
             assert parameter is not None
-            module._parameters[leaf] = nn.Parameter(on_cpu(parameter), requires_grad=False)
+            module._parameters[leaf] = nn.Parameter(on_cpu(parameter, keeps=keeps), requires_grad=False)
         try:
             yield
         finally:

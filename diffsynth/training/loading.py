@@ -40,6 +40,7 @@ DTYPES = {
 }
 FPS, FPS_22 = 16.0, 24.0  # of the videos that the models were made with: Wan2.1 and A14B; TI2V-5B
 QUANTILES = 1000
+_OF_THE_RATE = ("schedule", "warmup_steps", "restarts", "final_share", "clip_norm", "ema")
 
 
 @dataclass(kw_only=True)
@@ -88,14 +89,17 @@ def facts_of(sources: ModelSources) -> DiTFacts:
     return DiTFacts.of(config, names)
 
 
+def model_fps(facts: DiTFacts) -> float:
+    """Frames per second that the model was made with."""
+    return FPS_22 if facts.latent_channels == VAE22_CHANNELS else FPS
+
+
 def plan_data(config: TrainConfig, facts: DiTFacts) -> DatasetPlan:
     """Which clips are made of the data, for this model's rate and grid."""
-    is_22 = facts.latent_channels == VAE22_CHANNELS
-    stride = 16 if is_22 else 8
-    output = Path(config.run.output)
-    output.mkdir(parents=True, exist_ok=True)
+    stride = 16 if facts.latent_channels == VAE22_CHANNELS else 8
+    output = Path(config.run.output).expanduser()
     return plan_dataset(
-        config.data, model_fps=FPS_22 if is_22 else FPS,
+        config.data, model_fps=model_fps(facts),
         grid=(stride * facts.patch[0], stride * facts.patch[1]), list_folder=output,
     )  # fmt: skip
 
@@ -212,12 +216,16 @@ def run_facts(config: TrainConfig, loaded: Loaded, samples: CachedDataset, world
     elif tune_config.parts:
         method = f"parts {' '.join(tune_config.parts)}"
     told = {
-        "model": f"{' '.join(Path(p).name for p in config.model.dit)} ({loaded.identity})",
+        "model": loaded.identity,
+        "model files": " ".join(Path(p).name for p in (*config.model.dit, *config.model.dit_low)),
         "method": method,
         "optimizer": config.optimizer.name,
         "optimizer settings": json.dumps(
             {"learning_rate": config.optimizer.learning_rate, **config.optimizer.options}, default=str
         ),
+        "learning rate": json.dumps({name: getattr(config.optimizer, name) for name in _OF_THE_RATE}),
+        "objective": json.dumps(asdict(config.objective)),
+        "held out": str(config.samples.holdout if config.samples.every else 0),
         "data": data_hash(samples),
         "seed": str(run.seed),
         "samples of a step": str(run.batch_size * run.accumulate * world),

@@ -76,25 +76,40 @@ class CsvLog(RunLog):
             )
 
     def cut(self, step: int) -> None:
-        """Remove the rows after ``step``: of steps that a restored run takes again."""
-        for path in (self.path, self.others):
-            keep_rows(path, step)
+        """Remove the rows after ``step``, of steps that come again; the columns become this run's."""
+        self._columns = keep_rows(self.path, step, self._columns)
+        keep_rows(self.others, step)
 
 
-def keep_rows(path: Path, step: int) -> None:
-    """Keep the rows up to a step; one that a kill cut in its middle goes too."""
+def keep_rows(path: Path, step: int, columns: Sequence[str] = ()) -> list[str]:
+    """Keep the rows up to a step; one that a kill cut in its middle goes too.
+
+    Args:
+        path: of a CSV whose first column is the step.
+        step: the last that stays.
+        columns: to have from here on: those that were not there are empty above, and none is lost.
+
+    Returns:
+        The columns of the file: those asked for, and behind them what was there besides.
+    """
     if not path.is_file():
-        return
+        return list(columns)
     with path.open(newline="", encoding="utf-8") as file:
         text = file.read()
     whole = text[: text.rfind("\n") + 1]
     rows = list(csv.reader(whole.splitlines()))
     if not rows:
         path.unlink()
-        return
-    kept = [row for row in rows[1:] if len(row) == len(rows[0]) and row[0].isdigit() and int(row[0]) <= step]
+        return list(columns)
+    head = rows[0]
+    kept = [row for row in rows[1:] if len(row) == len(head) and row[0].isdigit() and int(row[0]) <= step]
+    if columns and list(columns) != head:
+        named = [dict(zip(head, row, strict=True)) for row in kept]
+        head = [*columns, *(name for name in head if name not in columns)]
+        kept = [[row.get(name, "") for name in head] for row in named]
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([rows[0], *kept])
+        csv.writer(file, lineterminator="\n").writerows([head, *kept])
+    return head
 
 
 def _append(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

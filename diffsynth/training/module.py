@@ -7,7 +7,7 @@ Optimization is manual: a step belongs to one expert, and only that expert's opt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,9 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, ParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from diffsynth.checkpoints.hints import Role
 from diffsynth.errors import ArgumentError, NotFiniteError
@@ -26,10 +27,11 @@ from diffsynth.training.config import TrainConfig
 from diffsynth.training.ema import Ema
 from diffsynth.training.learners import Learner
 from diffsynth.training.objective import FlowMatchObjective
-from diffsynth.training.optimizers import learning_rate_factor, set_learning_rate
+from diffsynth.training.optimizers import learning_rate_factor, named_state, set_learning_rate
 from diffsynth.training.placing import Placing
 from diffsynth.training.samples import Batch
 from diffsynth.training.sharding import full, like
+from diffsynth.training.zero import Zero
 
 SAVE, STOP = 1, 2  # bits of what is wished from outside
 
@@ -127,7 +129,11 @@ class WanTrainingModule(LightningModule):
             parameters = learner.parameters()
             optimizer = learner.make_optimizer(self.config.optimizer)
             if states:
-                load_optimizer(optimizer, states[number], list(parameters))
+                require_same_names(states[number], list(parameters))
+            if states and not self._has_zero:
+                load_optimizer(optimizer, states[number], self.config.optimizer.options)
+            if hasattr(optimizer, "train"):  # a schedule-free one, which stands at its other point until told
+                optimizer.train()
             optimizers.append(optimizer)
             if self.config.optimizer.ema:
                 ema = Ema(parameters, self.config.optimizer.ema)
@@ -135,6 +141,26 @@ class WanTrainingModule(LightningModule):
                     ema.load({name: like(ema.average[name], t) for name, t in averages[number].items()})
                 self.averages.append(ema)
         return optimizers
+
+    def on_train_start(self) -> None:
+        """What DeepSpeed has cut into pieces is restored once it has."""
+        states = self._restored[0]
+        if states and self._has_zero:
+            self._zero.load(states[0], self.learners[0].parameters(), self.config.optimizer.options)
+
+    def plain_optimizers(self) -> list[torch.optim.Optimizer]:
+        """One per expert, without what Lightning puts around them."""
+        optimizers = cast("Any", self.optimizers(use_pl_optimizer=False))
+        return optimizers if isinstance(optimizers, list) else [optimizers]
+
+    def optimizer_states(self) -> list[dict[str, Any]]:
+        """Of each expert, whole or in shards, with the names of the parameters; every rank must ask."""
+        if self._has_zero:
+            return [self._zero.state(self.learners[0].parameters())]
+        return [
+            named_state(optimizer, list(learner.parameters()))
+            for learner, optimizer in zip(self.learners, self.plain_optimizers(), strict=True)
+        ]
 
     def transfer_batch_to_device(self, batch: Drawn, device: torch.device, dataloader_idx: int) -> Drawn:
         """Stays where it is: the DiT takes what it needs to its own device."""
@@ -145,6 +171,12 @@ class WanTrainingModule(LightningModule):
         if not self.averages:
             return nullcontext()
         return self.averages[number].in_place_of(self.learners[number].parameters())
+
+    def reshard(self) -> None:
+        """Under FSDP2 a pass without gradients leaves weights whole; what follows wants shards."""
+        for learner in self.learners:
+            if isinstance(learner.denoiser, FSDPModule):
+                learner.denoiser.reshard()
 
     def expert_of(self, step: int) -> int:
         """Whose turn it is: a function of (seed, step), the same on every rank."""
@@ -180,6 +212,7 @@ class WanTrainingModule(LightningModule):
         step: int,
         draw_ids: Sequence[str],
         quantile: float | None = None,
+        seed: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Weighted loss of each sample (B,), and the timesteps (B,) that the network was told.
 
@@ -190,15 +223,16 @@ class WanTrainingModule(LightningModule):
             draw_ids: one per sample.
             quantile: instead of drawn noise levels, that at this quantile of all of them, which must be one
                 of this learner's.
+            seed: instead of the run's.
         """
-        require_plain(batch)
         self.placing.use(learner)
         objective, pinned = self.objective, batch.plan.num_pinned
         device = learner.denoiser.dit.device
-        latents = batch.latents.to(device, torch.float32)
+        latents = batch.clean.to(device, torch.float32)
         sigma, noise = objective.draw(
-            self.config.run.seed, step, draw_ids, latents.shape[1:], learner.low, learner.high
-        )
+            self.config.run.seed if seed is None else seed, step, draw_ids, latents.shape[1:], learner.low,
+            learner.high,
+        )  # fmt: skip
         if quantile is not None:
             sigma = torch.full_like(sigma, objective.sigma_at(min(quantile, 1 - 1e-9)))
         noisy = batch.plan.pin(objective.noisy(latents, noise, sigma))
@@ -209,35 +243,32 @@ class WanTrainingModule(LightningModule):
     def _sync(self, is_last: bool) -> AbstractContextManager[None]:
         """Gradients travel between ranks once per step, not once per pass."""
         strategy = self.trainer.strategy
-        if is_last or not isinstance(strategy, ParallelStrategy):
+        if self._has_zero:
+            self._zero.expect(is_last=is_last)
+        if self._has_zero or is_last or not isinstance(strategy, ParallelStrategy):
             return nullcontext()
         return cast("AbstractContextManager[None]", strategy.block_backward_sync())
 
     def _finish(self, step: int, learner: Learner) -> None:
         losses, timesteps, wishes = self._gathered()
         picks = self.batches.at(step)
-        require_finite(losses, timesteps, picks, step)
+        require_finite(losses, timesteps, picks, step, self.batches.samples.name)
         number = self.learners.index(learner)
         optimizers = cast("list[Any]", self.optimizers(use_pl_optimizer=True))
         optimizer = (optimizers if isinstance(optimizers, list) else [optimizers])[number]
-        parameters = learner.parameters()
-        norm = clip(list(parameters.values()), self.config.optimizer.clip_norm)
-        if not math.isfinite(norm):
-            raise NotFiniteError(
-                f"The gradients of step {step + 1} are not finite (the loss is {float(losses.mean()):.4g}), "
-                f"with {_named(picks)}. Lower optimizer.learning_rate, or look at these samples."
-            )
         rate = learner.learning_rate * learning_rate_factor(
             step, self.config.run.steps, self.config.optimizer
         )
         set_learning_rate(optimizer.optimizer, rate)
-        if learner.tuned.rounding is None:
-            optimizer.step()
-        else:
-            learner.tuned.rounding.step(optimizer.step, self.config.run.seed, step)
+        norm = self._move(optimizer, learner, step)
+        if not math.isfinite(norm):
+            raise NotFiniteError(
+                f"The gradients of step {step + 1} are not finite (the loss is {float(losses.mean()):.4g}), "
+                f"with {self._named(picks)}. Lower optimizer.learning_rate, or look at these samples."
+            )
         optimizer.zero_grad(set_to_none=True)
         if self.averages:
-            self.averages[number].update(parameters, step + 1)
+            self.averages[number].update(learner.parameters(), step + 1)
         self.done = step + 1
         self._steps_of[number] += 1
         self.report = StepReport(
@@ -251,6 +282,32 @@ class WanTrainingModule(LightningModule):
             role=learner.role,
             steps_of_expert=self._steps_of[number],
         )
+
+    def _move(self, optimizer: Any, learner: Learner, step: int) -> float:
+        """Clip and step; the norm of the gradients before that. Where it is not finite nothing has moved."""
+        if self._has_zero:
+            optimizer.step()
+            return self._zero.grad_norm
+        norm = clip(list(learner.parameters().values()), self.config.optimizer.clip_norm)
+        if math.isfinite(norm):
+            rounding = learner.tuned.rounding
+            if rounding is None:
+                optimizer.step()
+            else:
+                rounding.step(optimizer.step, self.config.run.seed, step)
+        return norm
+
+    def _named(self, picks: Sequence[Pick]) -> str:
+        names = [self.batches.samples.name(pick.index) for pick in picks]
+        return f"samples {', '.join(names[:4])}{' ...' if names[4:] else ''}"
+
+    @property
+    def _has_zero(self) -> bool:
+        return isinstance(self.trainer.strategy, DeepSpeedStrategy)
+
+    @property
+    def _zero(self) -> Zero:
+        return Zero(self.trainer.model)
 
     def _gathered(self) -> tuple[Tensor, Tensor, int]:
         """Losses and timesteps of the step's samples, in the order of its picks, and wishes; of all ranks."""
@@ -272,17 +329,17 @@ class WanTrainingModule(LightningModule):
         return table[0], table[1], wished
 
 
-def require_plain(batch: Batch) -> None:
-    """Frames in front of the clip (VACE references) have no clean latent in a sample."""
-    if batch.plan.extra_frames:
-        raise ArgumentError(
-            f"Samples {', '.join(batch.ids[:3])} put {batch.plan.extra_frames} frames in front of the clip "
-            "(vace_reference_image), which cannot be trained; leave that column out."
-        )
-
-
-def require_finite(losses: Tensor, timesteps: Tensor, picks: Sequence[Pick], step: int) -> None:
+def require_finite(
+    losses: Tensor, timesteps: Tensor, picks: Sequence[Pick], step: int, name_of: Callable[[int], str]
+) -> None:
     """Stop before a loss that is no number reaches the weights.
+
+    Args:
+        losses: (samples of the step,).
+        timesteps: (samples of the step,), 0..1000.
+        picks: the samples.
+        step: counted from 0.
+        name_of: the file of a sample, by its index.
 
     Raises:
         NotFiniteError: names the samples.
@@ -290,7 +347,7 @@ def require_finite(losses: Tensor, timesteps: Tensor, picks: Sequence[Pick], ste
     broken = [(pick, float(t)) for pick, t, fine in zip(picks, timesteps, torch.isfinite(losses), strict=True)
               if not fine]  # fmt: skip
     if broken:
-        told = "; ".join(f"{pick.sample_id} at timestep {t:.0f}" for pick, t in broken[:4])
+        told = "; ".join(f"{name_of(pick.index)} at timestep {t:.0f}" for pick, t in broken[:4])
         raise NotFiniteError(
             f"The loss of step {step + 1} is not finite, at sample {told}. The weights are those before this "
             "step. Usual causes: a damaged sample (remove it and run data_process again), a learning rate "
@@ -305,8 +362,8 @@ def clip(parameters: Sequence[nn.Parameter], limit: float) -> float:
     return float(full(norm))
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: list[str]) -> None:
-    """Put a saved state back, cut into shards where the parameters are.
+def require_same_names(saved: dict[str, Any], names: list[str]) -> None:
+    """Refuse the state of an optimizer that moved other parameters.
 
     Raises:
         ArgumentError: when it belongs to other parameters.
@@ -318,14 +375,18 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], name
             f"{len(names)}; only one of them has {', '.join(strange[:3]) or 'this order'}. Go on with the "
             "same tune section."
         )
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], options: Mapping[str, object]
+) -> None:
+    """Put a saved state back, cut into shards where the parameters are; ``options`` are this run's."""
+    own = [{k: v for k, v in group.items() if k in options} for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
         number: {name: like(parameters[int(number)], value) for name, value in one.items()}
         for number, one in saved["state"].items()
     }
     optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
-
-
-def _named(picks: Sequence[Pick]) -> str:
-    names = [pick.sample_id for pick in picks]
-    return f"samples {', '.join(names[:4])}{' ...' if names[4:] else ''}"
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)

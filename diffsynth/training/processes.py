@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from diffsynth.errors import ArgumentError, DiffSynthError
-from diffsynth.training.config import RunConfig, TrainConfig
+from diffsynth.training.config import ZERO_STAGES, RunConfig, TrainConfig
+from diffsynth.training.zero import deepspeed_strategy
 
 # What the libraries say when another process is gone or silent.
 SIGNS_OF_A_LOST_RANK = ("closed by peer", "Connection reset", "imed out", "timeout", "NCCL", "gloo")
@@ -54,14 +55,17 @@ class Ranks:
         )  # fmt: skip
 
 
-def strategy_of(run: RunConfig, world: int, num_experts: int) -> str | Strategy:
+def strategy_of(config: TrainConfig, world: int, num_experts: int) -> str | Strategy:
     """Lightning's strategy for the one that is named.
 
     Args:
-        run: names it.
+        config: names it.
         world: number of processes.
         num_experts: of two, one rests in each step, and DDP must look for what has no gradient.
     """
+    run = config.run
+    if run.strategy in ZERO_STAGES:
+        return deepspeed_strategy(config)
     timeout = timedelta(seconds=run.timeout_s)
     if run.strategy == "fsdp2":
         return ModelParallelStrategy(
@@ -72,7 +76,9 @@ def strategy_of(run: RunConfig, world: int, num_experts: int) -> str | Strategy:
         )
     if world == 1 and run.strategy == "auto":
         return "auto"
-    return DDPStrategy(timeout=timeout, find_unused_parameters=num_experts > 1)
+    # A bucket whose clips have no input for an adapter does not visit it: its tensors get no gradient.
+    may_rest = num_experts > 1 or config.tune.kind == "parts" or config.tune.networks != ("dit",)
+    return DDPStrategy(timeout=timeout, find_unused_parameters=may_rest)
 
 
 def is_of_a_lost_rank(error: Exception) -> bool:

@@ -233,6 +233,7 @@ class StreamedBase:
                 self._streams.append((network, stream))
                 self._of_block |= {id(block): stream for block in blocks}
                 network.visit = widening(network, stream)  # type: ignore[assignment]
+                network.keeps_place = True  # type: ignore[assignment]
 
     @property
     def counts(self) -> list[StreamCounts]:
@@ -248,6 +249,7 @@ class StreamedBase:
         for network, stream in self._streams:
             stream.close()
             network.visit = widening(network, in_order)  # type: ignore[assignment]
+            network.keeps_place = False  # type: ignore[assignment]
         for tensor, resting in self._moved:
             tensor.data = resting
         self._streams.clear()

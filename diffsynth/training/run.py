@@ -38,6 +38,7 @@ from diffsynth.training.checkpoints import (
 from diffsynth.training.config import TrainConfig
 from diffsynth.training.config_files import save_config
 from diffsynth.training.dataset.planning import log_plan
+from diffsynth.training.forecast import too_large
 from diffsynth.training.loading import (
     Loaded,
     checkpoint_metadata,
@@ -52,7 +53,7 @@ from diffsynth.training.loading import (
 from diffsynth.training.logs import CsvLog, EventLog, other_logger
 from diffsynth.training.module import Drawn, WanTrainingModule
 from diffsynth.training.objective import FlowMatchObjective
-from diffsynth.training.optimizers import evaluated, named_state
+from diffsynth.training.optimizers import evaluated
 from diffsynth.training.processes import (
     Ranks,
     is_of_a_lost_rank,
@@ -63,6 +64,8 @@ from diffsynth.training.processes import (
 from diffsynth.training.samples import EncodedSample, collate
 from diffsynth.training.sharding import on_cpu
 from diffsynth.training.validation import PromptVideos, Validation, split
+from diffsynth.training.zero import require_gpu
+from diffsynth.video.paths import disk_errors
 
 logger = logging.getLogger("diffsynth")
 
@@ -105,9 +108,11 @@ def train(config: TrainConfig) -> RunReport:
         DiffSynthError: when a process of the run is lost.
     """
     device = resolved_device(config.model.device)
+    require_gpu(config, device)
     ranks = Ranks.of(config, device)
-    output = Path(config.run.output)
-    output.mkdir(parents=True, exist_ok=True)
+    output = Path(config.run.output).expanduser()
+    with disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
     # Processes that Lightning starts come here too; the first has filled the cache before it started them.
     if config.run.task != "train" and (ranks.is_external or ranks.rank == 0):
         _fill_cache(config, device, ranks)
@@ -142,15 +147,24 @@ class Run:
 
     def __init__(self, config: TrainConfig, device: torch.device, ranks: Ranks) -> None:
         self.config, self._device, self._ranks = config, device, ranks
-        self._output = Path(config.run.output)
+        self._output = Path(config.run.output).expanduser()
         objective = FlowMatchObjective(config.objective)
         path = find_resume(config.run.resume, self._output)
         state = None if path is None else read_state(path)
         self._loaded = load_networks(config, objective)
+        for learner in self._loaded.learners:
+            learner.tuned.require_format(config.run.export_format)
+        plan = plan_data(config, self._loaded.facts)
+        if config.run.task == "train" and ranks.rank == 0:  # data_process has told it otherwise
+            log_plan(plan)
         self._samples = open_cache(
-            plan_data(config, self._loaded.facts), self._loaded.facts, cache_dir=config.cache.cache_dir,
-            rank=ranks.rank,
+            plan, self._loaded.facts, cache_dir=config.cache.cache_dir, strict=config.cache.strict,
+            rank=ranks.rank, list_folder=self._output,
         )  # fmt: skip
+        if device.type == "cuda" and config.run.strategy != "fsdp2" and ranks.rank == 0:
+            total = torch.cuda.get_device_properties(device).total_memory
+            for line in too_large(config, plan, self._loaded, total / 1e9):
+                logger.warning("%s", line)
         self._facts = run_facts(config, self._loaded, self._samples, ranks.world)
         if path is not None and state is not None:
             require_same_run(path, state, self._facts)
@@ -203,21 +217,23 @@ class Run:
 
     def save(self, module: WanTrainingModule) -> Path:
         """Write a checkpoint and, beside it, the export; every rank takes part, the first one writes."""
-        state = self._state(module)
-        path = checkpoint_path(self.folder, state)
-        # An error is raised when all ranks have done what they do together: nobody waits for this one.
-        failure = self._written(lambda: write_state(path, state))
-        optimizers = module.optimizers(use_pl_optimizer=False)
-        some: list[Any] = optimizers if isinstance(optimizers, list) else [optimizers]
+        state, is_first = self._state(module), self._ranks.rank == 0
+        strategy = module.trainer.strategy
+        # Processes that Lightning started find another number for the folder than the first one took.
+        path: Path = strategy.broadcast(checkpoint_path(self.folder, state))
+        failure: OutputPathError | None = None
         for number, learner in enumerate(module.learners):
             target = export_path(path, learner.role or "")
-            told = file_metadata(self.config, self._loaded, self._facts, state.step, learner)
-            export = partial(learner.tuned.export, target, self.config.run.export_format, told)
-            with evaluated(some), module.shown(number), learner.whole():
+            about = file_metadata(self.config, self._loaded, self._facts, state.step, learner)
+            export = partial(learner.tuned.export, target, self.config.run.export_format, about)
+            with evaluated(module.plain_optimizers()), module.shown(number), learner.whole(keeps=is_first):
                 failure = failure or self._written(export)
-        if failure is not None:
-            raise failure
-        if self._ranks.rank == 0:
+        # The state comes last: where it stands, its exports stand beside it.
+        failure = failure or self._written(lambda: write_state(path, state))
+        # All ranks fail together, when each has done its part: nobody waits for another.
+        if (told := strategy.broadcast(None if failure is None else str(failure))) is not None:
+            raise failure or OutputPathError(told)
+        if is_first:
             drop_old(self.folder, self.config.run.keep_last, path)
             logger.info("Step %d: saved %s", state.step, path)
         return path
@@ -231,21 +247,16 @@ class Run:
         return None
 
     def _state(self, module: WanTrainingModule) -> State:
-        optimizers = module.optimizers(use_pl_optimizer=False)
-        some: list[Any] = optimizers if isinstance(optimizers, list) else [optimizers]
         return replace(
             self._state_without_optimizers(),
-            optimizers=[
-                on_cpu(named_state(optimizer, list(learner.parameters())))
-                for learner, optimizer in zip(module.learners, some, strict=True)
-            ],
-            averages=[on_cpu(ema.average) for ema in module.averages],
+            optimizers=on_cpu(module.optimizer_states(), keeps=self._ranks.rank == 0),
+            averages=[on_cpu(ema.average, keeps=self._ranks.rank == 0) for ema in module.averages],
         )
 
     def _state_without_optimizers(self) -> State:
         module = self.module
         tensors = {
-            learner.prefix + name: on_cpu(parameter)
+            learner.prefix + name: on_cpu(parameter, keeps=self._ranks.rank == 0)
             for learner in module.learners
             for name, parameter in learner.parameters().items()
         }
@@ -299,7 +310,7 @@ class Run:
             accelerator="gpu" if self._device.type == "cuda" else "cpu",
             devices=self._ranks.devices,
             num_nodes=self._ranks.nodes,
-            strategy=strategy_of(self.config.run, self._ranks.world, len(self._loaded.learners)),
+            strategy=strategy_of(self.config, self._ranks.world, len(self._loaded.learners)),
             precision="32-true",  # networks keep their own dtypes, what trains is float32
             max_epochs=1,
             logger=loggers,

@@ -192,6 +192,20 @@ class Batch:
     plan: LatentPlan
     ids: tuple[str, ...]  # of the samples
 
+    @property
+    def clean(self) -> Tensor:
+        """(B, C, extra frames + T, h, w): all that the DiT is to bring forth.
+
+        Frames that the plan puts in front of a clip (pictures that VACE refers to) are part of it, as they
+        are when a video is made; the input that asked for them holds their latents.
+        """
+        if not self.plan.extra_frames:
+            return self.latents
+        givers = [given for given in self.conditions.adapters.values() if isinstance(given, VaceCondition)]
+        assert len(givers) == 1, "frames in front have one giver"
+        front = givers[0].front(self.plan.extra_frames, self.latents.shape[1])
+        return torch.cat([front.to(self.latents), self.latents], dim=2)
+
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on a device; cameras stay on the host, their adapter fetches frame by frame."""
         latents, conditions, plan = map_tensors(

@@ -51,15 +51,19 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def on_cpu(value: Any) -> Any:
-    """Tensors of a nested state whole and on the CPU, each with memory of its own."""
+def on_cpu(value: Any, *, keeps: bool = True) -> Any:
+    """Tensors of a nested state whole and on the CPU, each with memory of its own.
+
+    Every rank must ask for what is in shards; one that does not keep it gets empty tensors.
+    """
     if isinstance(value, Tensor):
-        whole = full(value.detach()).cpu()
+        whole = full(value.detach())
+        whole = whole.cpu() if keeps else whole.new_empty(0, device="cpu")
         return whole.clone() if whole.untyped_storage().nbytes() != whole.nbytes else whole
     if isinstance(value, dict):
-        return {key: on_cpu(one) for key, one in value.items()}
+        return {key: on_cpu(one, keeps=keeps) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(on_cpu(one) for one in value)
+        return type(value)(on_cpu(one, keeps=keeps) for one in value)
     return value
 
 

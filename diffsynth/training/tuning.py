@@ -182,11 +182,27 @@ class Tuned:
         if self.config.kind not in WITH_FACTORS:
             save_tensors(path, self._whole_networks(), texts)
             return path
+        tensors, about = self._factors(export_format)
+        save_tensors(path, {n: t.detach().cpu().clone() for n, t in tensors.items()}, {**about, **texts})
+        return path
+
+    def require_format(self, export_format: str) -> None:
+        """Say before the first step what `export` would say after the last one; raises as it does."""
+        if self.config.kind in WITH_FACTORS:
+            self._factors(export_format)
+        elif export_format != DIALECTS[0]:
+            raise ArgumentError(
+                f"export_format is {export_format!r}, which is for LoRAs, and tune.kind is "
+                f"{self.config.kind!r}: networks are written under their official names. Leave it out."
+            )
+
+    def _factors(self, export_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Trained factors under the names of a dialect, and what the header says of them."""
         if export_format not in DIALECTS:
             raise ArgumentError(f"export_format is {export_format!r}; known: {', '.join(DIALECTS)}.")
         layers = self._layers()
         rank, alpha = self.config.rank, self._alpha
-        texts = {"ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}", **texts}
+        texts = {"ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
         if export_format == "diffusers":
             # It asks for alpha in the header, and would take keys named .alpha for weights.
             names = [diffusers_name(layer) or layer for layer in layers]
@@ -199,9 +215,7 @@ class Tuned:
                 for layer, change in layers.items()
             }
         lora = LoRA(layers=layers, dialect=export_format, source=self._title)
-        tensors = lora_tensors(lora, export_format)
-        save_tensors(path, {name: t.detach().cpu().clone() for name, t in tensors.items()}, texts)
-        return path
+        return lora_tensors(lora, export_format), texts
 
     def detach(self) -> None:
         """Give the networks back: without factors and masters, the very layers that were there before.

@@ -32,13 +32,12 @@ SETTINGS_FILE = "config.yaml"
 
 
 def _strategy(value: Any) -> str:
-    if value not in DEEPSPEED:
+    if value != DEEPSPEED[-1]:
         return str(value)
     logger.warning(
-        "--training_strategy %s runs as fsdp2, which shards the model, its gradients and the state of the "
-        "optimizer over the GPUs without DeepSpeed.",
-        value,
-    )
+        "--training_strategy %s runs as fsdp2, which as well shards the model, its gradients and the state "
+        "of the optimizer over the GPUs.", value,
+    )  # fmt: skip
     return "fsdp2"
 
 
@@ -109,7 +108,8 @@ FLAGS = (
            is_of_lora=True, help="How the first factor begins."),
     _train(name="training_strategy", key="run.strategy", default="auto",
            choices=("auto", "ddp", "fsdp2", *DEEPSPEED), reads=_strategy,
-           help="auto: one GPU, or each with its own copy. fsdp2 shards the model over them."),
+           help="auto: one GPU, or each with its own copy. fsdp2 shards the model over them, "
+           "deepspeed_stage_1 and 2 what the optimizer keeps (needs deepspeed)."),
     _train(name="lora_rank", key="tune.rank", default=4, kind=int, is_of_lora=True, help="Of the factors."),
     _train(name="lora_alpha", key="tune.alpha", default=4.0, kind=float, is_of_lora=True,
            help="Factors count alpha / rank."),

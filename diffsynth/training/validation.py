@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -17,15 +18,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from tqdm import tqdm
 
-from diffsynth.errors import ArgumentError, MissingModelError
+from diffsynth.errors import ArgumentError, MissingModelError, OutputPathError
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.pipelines.components import collect
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.training.batches import Samples, chance
 from diffsynth.training.cached_dataset import CachedDataset
-from diffsynth.training.callbacks import StepLog
+from diffsynth.training.callbacks import StepLog, write_rows
 from diffsynth.training.config import TrainConfig
-from diffsynth.training.loading import DTYPES, Loaded
+from diffsynth.training.loading import DTYPES, Loaded, model_fps
 from diffsynth.training.module import WanTrainingModule
 from diffsynth.training.optimizers import evaluated
 from diffsynth.training.samples import collate
@@ -42,16 +43,23 @@ Sampling = Callable[[WanTrainingModule, int], None]
 def split(samples: Samples, holdout: int, every: int) -> tuple[list[int], list[int]]:
     """Indices to train on and indices to measure; which is which depends on the samples' ids alone.
 
+    Other samples of the files that are measured (further clips of a video, the same in another dataset) are
+    neither: what is measured was never seen.
+
     Raises:
         ArgumentError: when nothing would be left to train on.
     """
     count = holdout if every else 0
-    if count and count >= len(samples):
-        raise ArgumentError(
-            f"samples.holdout is {count} and there are {len(samples)} samples; hold out fewer, or 0."
-        )
     order = sorted(range(len(samples)), key=lambda i: chance(samples.sample_id(i), "holdout"))
-    return sorted(order[count:]), order[:count]
+    held_out = order[:count]
+    measured = {samples.source(index) for index in held_out}
+    trained = sorted(index for index in order[count:] if samples.source(index) not in measured)
+    if not trained and len(samples):
+        raise ArgumentError(
+            f"samples.holdout is {count} and there are {len(samples)} samples, and none of another file "
+            "is left to train on; hold out fewer, or 0."
+        )
+    return trained, held_out
 
 
 class Validation(Callback):
@@ -83,9 +91,10 @@ class Validation(Callback):
             self._look(trainer, pl_module)
 
     def _look(self, trainer: Trainer, module: WanTrainingModule) -> None:
-        optimizers = module.optimizers(use_pl_optimizer=False)
-        some: list[Any] = optimizers if isinstance(optimizers, list) else [optimizers]
-        with torch.no_grad(), evaluated(some):
+        with torch.no_grad(), evaluated(module.plain_optimizers()), ExitStack() as stack:
+            for number in range(len(module.learners)):
+                stack.enter_context(module.shown(number))
+            stack.callback(module.reshard)
             if self._held_out:
                 by_quantile = validation_losses(module, self._samples, self._held_out)
                 if module.done > module.start:  # before the first step there is no row for it
@@ -94,8 +103,7 @@ class Validation(Callback):
                     f"validation_loss_q{q:g}": float(loss)
                     for q, loss in zip(module.config.samples.quantiles, by_quantile, strict=True)
                 }
-                for one in trainer.loggers:
-                    one.log_metrics(rows, step=module.done)
+                write_rows(trainer, rows, module.done)
             if self._sample is not None:
                 self._sample(module, module.done)
 
@@ -120,8 +128,9 @@ def validation_losses(module: WanTrainingModule, samples: CachedDataset, held_ou
                 told = module.objective.sigma_at(min(quantile, 1 - 1e-9)) * 1000
                 learner = next(one for one in module.learners if one.low <= told)
             losses, _ = module.losses(
-                learner, batch, STEP_OF_VALIDATION, [samples.sample_id(index)], quantile=quantile
-            )
+                learner, batch, STEP_OF_VALIDATION, [samples.sample_id(index)], quantile=quantile,
+                seed=module.config.samples.seed,
+            )  # fmt: skip
             if place < len(held_out):
                 sums[number] += losses[0]
     if dist.is_available() and dist.is_initialized():
@@ -155,7 +164,7 @@ class PromptVideos:
 
     def __call__(self, module: WanTrainingModule, step: int) -> None:
         """Make the videos of this rank: ``<output>/samples/step=S-N.mp4``."""
-        from diffsynth.video import save_video
+        from diffsynth.video import load_image, save_video
 
         # Now and not before: a pipeline lets its networks rest where they were when it was made.
         self._pipe = self._pipe or self._made()
@@ -166,11 +175,17 @@ class PromptVideos:
         folder = Path(self._config.run.output) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         for number in range(module.global_rank, len(settings.prompts), module.trainer.world_size):
+            picture = settings.input_images[number] if settings.input_images else None
             video = self._pipe(
-                settings.prompts[number], settings.negative_prompt, seed=settings.seed + number, **given
-            )
+                settings.prompts[number], settings.negative_prompt, seed=settings.seed + number,
+                input_image=None if picture is None else load_image(picture), **given,
+            )  # fmt: skip
             assert isinstance(video, list)
-            save_video(cast("list[Image]", video), folder / f"step={step}-{number + 1}.mp4", fps=16)
+            path = folder / f"step={step}-{number + 1}.mp4"
+            try:
+                save_video(cast("list[Image]", video), path, fps=model_fps(self._loaded.facts))
+            except OutputPathError as error:
+                logger.error("No sample video at step %d, and training goes on. %s", step, error)
         logger.info("Step %d: videos of %d prompts in %s", step, len(settings.prompts), folder)
 
     def _made(self) -> WanVideoPipeline:
@@ -178,7 +193,8 @@ class PromptVideos:
         assert sources.text_encoder is not None and sources.vae is not None
         dtype = torch.bfloat16 if sources.dtype == "fp8" else DTYPES[sources.dtype]
         manager = ModelManager(torch_dtype=dtype, device="cpu")
-        manager.load_models([sources.text_encoder, sources.vae])
+        paths = [sources.text_encoder, sources.vae, sources.image_encoder]
+        manager.load_models([path for path in paths if path is not None])
         parts = collect(manager, device=self._device, dtype=dtype, tokenizer_path=sources.tokenizer)
         parts.high, parts.low, parts.boundary = loaded.parts.high, loaded.parts.low, loaded.parts.boundary
         parts.family, parts.generation = loaded.parts.family, loaded.parts.generation

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffsynth.errors import ArgumentError, MediaNotFoundError, MediaReadError, OutputPathError
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("diffsynth")
 
+# What Pillow raises for a damaged picture; a SyntaxError for broken chunks of a PNG and broken EXIF.
+UNREADABLE_PICTURE = (Image.DecompressionBombError, OSError, ValueError, SyntaxError, struct.error)
 _JPEG_COMMENT_BYTES = 65533  # a JPEG segment counts its bytes, and its count, in 16 bits
 
 
@@ -73,7 +76,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     try:
         with Image.open(path) as image:
             pixels, changes = plain_picture(image)
-    except (UnidentifiedImageError, OSError) as error:
+    except UNREADABLE_PICTURE as error:
         raise MediaReadError(f"{path} cannot be read as a picture: {error}.") from error
     if changes:
         logger.info("pictures were %s: %s", "; ".join(changes), path)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from diffsynth.errors import MediaNotFoundError, MediaReadError
+from diffsynth.video.images import UNREADABLE_PICTURE
 from diffsynth.video.pixels import picture_size
 from diffsynth.video.reading import PICTURE_SUFFIXES, VideoFile
 
@@ -58,7 +59,7 @@ def _probe_picture(file: Path) -> MediaFacts:
             # Asking a PNG for EXIF that does not stand in front of its pixels would decode it.
             is_plain = image.format == "PNG" and "exif" not in image.info
             height, width = (image.height, image.width) if is_plain else picture_size(image)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
+    except UNREADABLE_PICTURE as error:
         raise MediaReadError(f"{file} cannot be read as a picture: {error}.") from error
     return MediaFacts(height=height, width=width, num_frames=1, fps=None, times_s=None, is_picture=True)
 
@@ -67,7 +68,7 @@ def _probe_video(file: Path, num_bytes: int) -> MediaFacts:
     import av
 
     try:
-        with av.open(str(file)) as container:
+        with av.open(str(file), metadata_errors="replace") as container:
             stream: Any = container.streams.best("video")
             if stream is None:
                 raise MediaReadError(f"{file} has no picture track.")

@@ -243,7 +243,7 @@ class VideoFile:
         import av
 
         try:
-            self._container = av.open(str(self.path))
+            self._container = av.open(str(self.path), metadata_errors="replace")
         except av.FFmpegError as error:
             raise MediaReadError(f"{self.path} is not a video that can be read: {error}.") from error
         stream = self._container.streams.best("video")

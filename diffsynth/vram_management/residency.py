@@ -134,7 +134,8 @@ class Residency:
 
     The tensors a network was loaded with stay on the host (perhaps in a mapped file, or in pinned buffers);
     the device receives copies, which are dropped when another phase begins. Nothing is ever copied back. A
-    network that already is on the device is left alone.
+    network that already is on the device is left alone, and so is one that says ``keeps_place``: somebody
+    else streams it.
 
     Args:
         networks: by name; those that are None are not loaded.
@@ -165,7 +166,9 @@ class Residency:
             plan, guest = plans.get(name), self._guests.get(name)
             if plan is None or plan.where != "streamed":
                 if not isinstance(guest, _Whole):
-                    self._replace(name, _Whole([*network.parameters(), *network.buffers()], self._device))
+                    is_placed = getattr(network, "keeps_place", False)
+                    tensors = [] if is_placed else [*network.parameters(), *network.buffers()]
+                    self._replace(name, _Whole(tensors, self._device))
             elif (
                 isinstance(guest, _Streamed)
                 and guest.planned_host == plan.host

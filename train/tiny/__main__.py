@@ -23,7 +23,7 @@ from train.tiny import train_text, train_vae
 from train.tiny.dataset import write_dataset
 from train.tiny.export import write_dit
 
-CLIPS = {17: 10000, 9: 1200, 25: 1200, 5: 600}  # of the DiT's dataset, by number of frames
+CLIPS = {17: 6000, 9: 1200, 25: 1200, 5: 600}  # of the DiT's dataset, by number of frames
 PAIRS = 0.12  # share of scenes with two things, which are learnt last
 STAGES = ("all", "vae", "polish", "text", "data", "ship")
 

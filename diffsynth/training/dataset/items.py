@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,7 +179,8 @@ def _read_caption(file: Path) -> str:
 
 
 def _with_trigger(caption: str, trigger: str) -> str:
-    return caption if not trigger or caption.startswith(trigger) else f"{trigger} {caption}".strip()
+    has_it = re.match(rf"{re.escape(trigger)}(?!\w)", caption)  # "cat" does not begin "cathedral"
+    return caption if not trigger or has_it else f"{trigger} {caption}".strip()
 
 
 def _add(listing: Listing, item: Item, *, has_caption: bool, config: DatasetConfig) -> None:

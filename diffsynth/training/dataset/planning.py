@@ -81,10 +81,16 @@ def plan_dataset(
         _check_captions(config, listing, list_folder)
     facts = _probe(listings, workers)
     parts: list[DatasetPlan] = []
+    dropped: dict[
+        Path, dict[Dropped, None]
+    ] = {}  # by the folder whose list names them: datasets may share one
     for config, listing in zip(configs, listings, strict=True):
         items = tqdm(listing.items, desc="decoding", unit="file", disable=None if decode else True)
         part = _plan_one(config, listing, items, facts, cut)
-        if (file := _write_dropped(part, listing, list_folder)) is not None:
+        folder = list_folder or listing.root
+        listed = dropped.setdefault(folder, {})
+        listed |= dict.fromkeys(part.dropped)
+        if (file := write_dropped(list(listed), folder, DROPPED_FILE)) is not None and file not in lists:
             lists.append(file)
         _check_usable(config, listing, part, lists)
         parts.append(part)
@@ -208,10 +214,6 @@ def _check_usable(config: DatasetConfig, listing: Listing, part: DatasetPlan, li
     )
     shown = "".join(f"\n  {reason}" for reason in reasons) or " (repeats leaves none of them in)"
     raise ArgumentError(f"{listing.source}: {what}:{shown}{more}")
-
-
-def _write_dropped(part: DatasetPlan, listing: Listing, list_folder: Path | None) -> Path | None:
-    return write_dropped(part.dropped, list_folder or listing.root, DROPPED_FILE)
 
 
 def write_dropped(dropped: Sequence[Dropped], folder: Path, name: str) -> Path | None:

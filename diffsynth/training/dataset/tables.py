@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ def read_table(path: Path, *, needs_captions: bool = True) -> Table:
 
 
 def _separated(path: Path, text: str, delimiter: str) -> tuple[list[Row], list[str]]:
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    # Not splitlines: it also breaks at characters of Unicode that may stand in a caption.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[Row] = []
     try:
         columns = [cell.strip() for cell in next(reader, [])]
@@ -109,7 +111,7 @@ def _check_header(path: Path, columns: Sequence[str]) -> None:
 
 def _lines(path: Path, text: str) -> list[Row]:
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -32,6 +32,12 @@ class Toys:
     def sample_id(self, index: int) -> str:
         return f"sample {index}"
 
+    def name(self, index: int) -> str:
+        return f"{index}.safetensors"
+
+    def source(self, index: int) -> int:
+        return index
+
     def repeats(self, index: int) -> float:
         return self._repeats[index]
 

@@ -212,6 +212,8 @@ def test_a_broken_clip_is_listed_and_the_rest_is_encoded(toy: WanVideoPipeline, 
         process(plan, toy, replace(EXACT, strict=True))
     with pytest.raises(ArgumentError, match="None of the 1 clips"):
         process(DatasetPlan(clips=plan.clips[1:2]), toy, EXACT)
+    # one process of two has no other clip: the other one goes on
+    assert process(plan, toy, EXACT, rank=1, world=3).samples == ()
 
 
 def test_a_latent_that_is_not_finite_is_dropped(toy: WanVideoPipeline, tmp_path: Path) -> None:

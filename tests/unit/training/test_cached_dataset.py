@@ -118,7 +118,7 @@ def test_a_mixture_is_refused_and_both_are_named(tmp_path: Path, of_plan: bool) 
     plan = pictures(tmp_path, 3)
     for number, one in enumerate(plan.clips):
         cache(one, key(number), vae="vae-b" if number == 2 else "vae-a")
-    with pytest.raises(ArgumentError, match=r"(?s)00\.png.*02\.png.*vae: vae-a and vae-b.*anew"):
+    with pytest.raises(ArgumentError, match=r"(?s)0[02]\.png.*0[02]\.png.*vae: vae-[ab] and vae-[ab].*anew"):
         open_cache(plan if of_plan else tmp_path, TOY)
 
 
@@ -134,6 +134,15 @@ def test_after_another_vae_the_newest_whole_set_is_read(
     assert [opened.sample_id(i) for i in range(2)] == [key(0), key(1)] and "newest" in caplog.text
 
 
+def test_after_another_vae_an_older_set_is_not_read_for_being_more_complete(tmp_path: Path) -> None:
+    plan = pictures(tmp_path, 2)
+    for number, one in enumerate(plan.clips):
+        os.utime(cache(one, key(number + 10), vae="old"), (1e9, 1e9))
+    os.utime(cache(plan.clips[0], key(0), vae="new"), (2e9, 2e9))
+    with pytest.raises(ArgumentError, match=r"(?s)vae: new and old.*anew"):
+        open_cache(plan, TOY)
+
+
 def test_a_changed_caption_or_file_has_no_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plan = pictures(tmp_path, 3)
     for number, one in enumerate(plan.clips):
@@ -141,8 +150,10 @@ def test_a_changed_caption_or_file_has_no_sample(tmp_path: Path, caplog: pytest.
     item = replace(plan.clips[1].item, caption="another")
     plan = DatasetPlan(clips=(plan.clips[0], replace(plan.clips[1], item=item), plan.clips[2]))
     write_picture(plan.clips[2].item.media, seed=77)
-    assert len(open_cache(plan, TOY)) == 1
+    assert len(open_cache(plan, TOY, list_folder=tmp_path)) == 1
     assert "2 of 3 clips have no cached sample" in caplog.text and "01.png, 02.png" in caplog.text
+    listed = (tmp_path / "diffsynth_not_cached.txt").read_text().splitlines()
+    assert [Path(line.split("\t")[0]).name for line in listed] == ["01.png", "02.png"]
     with pytest.raises(MediaReadError, match="2 of 3"):
         open_cache(plan, TOY, strict=True)
 
@@ -215,6 +226,13 @@ def test_the_cache_of_v1_is_read(tmp_path: Path, is_video: bool) -> None:
         assert torch.equal(torch.cat([planes["mask"], planes["image"]], 1), stored["image_emb"]["y"])
         assert sample.positive.image is not None and sample.positive.image.shape == (1, 257, 1280)
     assert sample.id == opened.sample_id(0) == open_cache(tmp_path).sample_id(0)
+
+
+def test_a_cache_of_v1_of_another_size_is_none(tmp_path: Path) -> None:
+    one = clip(write_picture(tmp_path / "a.png"), height=64, width=48)
+    write_v1(tmp_path / f"a.png{V1_SUFFIX}")
+    with pytest.raises(ArgumentError, match="No cached sample"):
+        open_cache(DatasetPlan(clips=(one,)), TEXT_TO_VIDEO)
 
 
 def test_v1_has_no_empty_caption_and_that_is_said(tmp_path: Path) -> None:

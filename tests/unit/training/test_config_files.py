@@ -98,3 +98,11 @@ def test_every_key_stands_in_table_and_help_with_what_it_is() -> None:
     assert keys["run.steps"].default == "1000" and keys["data.0.path"].default == "required"
     told, helped = table(TrainConfig), help_text(TrainConfig)
     assert all(f"`{key}`" in told and f"--{key} " in helped for key in keys)
+
+
+def test_strict_is_one_wish_for_data_and_cache(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: {dit: [x]}\ndata: [{path: a}, {path: b}]")
+    config = load_config(TrainConfig, tmp_path / "run.yaml", ["--strict"])
+    assert [one.strict for one in config.data] == [True, True] and config.cache.strict
+    alone = load_config(TrainConfig, tmp_path / "run.yaml", ["--data.1.strict", "true"])
+    assert [one.strict for one in alone.data] == [False, True] and not alone.cache.strict

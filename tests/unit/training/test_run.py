@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import math
 import os
 import signal
@@ -13,16 +14,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffsynth.errors import ArgumentError, NotFiniteError
+from diffsynth.errors import ArgumentError, LoRAError, NotFiniteError
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.models.toy import toy_files
 from diffsynth.sampling.schedule import add_noise
+from diffsynth.training import logs, validation
 from diffsynth.training import run as training_run
 from diffsynth.training.batches import Batches
 from diffsynth.training.cached_dataset import open_cache
 from diffsynth.training.callbacks import Saver
+from diffsynth.training.config import TrainConfig
+from diffsynth.training.config_files import build
 from diffsynth.training.objective import FlowMatchObjective
 from diffsynth.training.run import RunReport, train
+from tests.unit.training.clips_of_noise import FRAMES, HEIGHT, WIDTH, write_picture, write_video
 from tests.unit.training.toy_runs import config_of, first_gradients, toy_settings, trained_tensors
 
 ADAMW = {"name": "adamw", "learning_rate": 0.01, "schedule": "cosine", "warmup_steps": 2, "ema": 0.9}
@@ -179,7 +184,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_sample(
     def noting(self: Batches, step: int) -> Any:
         nonlocal broken
         if step == 3:
-            broken = at(self, step)[0].sample_id
+            broken = self.samples.name(at(self, step)[0].index)
         return at(self, step)
 
     monkeypatch.setattr(FlowMatchObjective, "losses", bad)
@@ -234,7 +239,7 @@ def test_another_model_is_refused_at_resume(settings: dict[str, Any], tmp_path: 
         save_file(changed, tmp_path / "other.safetensors", file.metadata())
     other = {"dit": [str(tmp_path / "other.safetensors")]}
     with pytest.raises(
-        ArgumentError, match=r"trained with model dit\.safetensors .*this run has other\.safe"
+        ArgumentError, match=r"trained with model \w+ \(dit\.safetensors\).*this run has \w+ \(other\.safe"
     ):
         train(config_of(settings, tmp_path, model=other, run={"steps": 2, "resume": "latest"}))
     with pytest.raises(ArgumentError, match="method lora of dit, rank 4"):
@@ -293,3 +298,164 @@ def test_prompts_become_videos_and_training_goes_on_the_same(
     assert shown.losses == plain.losses
     names = sorted(path.name for path in (tmp_path / "shown" / "samples").iterdir())
     assert names == [f"step={step}-1.mp4" for step in range(3)]
+
+
+def test_a_model_under_another_name_is_the_same_model(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(config_of(settings, tmp_path, run={"steps": 1}))
+    renamed = tmp_path / "renamed.safetensors"
+    renamed.write_bytes(Path(settings["model"]["dit"][0]).read_bytes())
+    again = {"steps": 2, "resume": "latest"}
+    assert train(config_of(settings, tmp_path, model={"dit": [str(renamed)]}, run=again)).step == 2
+    assert "model files was dit.safetensors and is renamed.safetensors now" in caplog.text
+
+
+def test_options_of_an_optimizer_are_those_of_the_run_that_goes_on(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(
+        config_of(settings, tmp_path, optimizer={**ADAMW, "options": {"weight_decay": 0.5}}, run={"steps": 1})
+    )
+    rest = config_of(
+        settings, tmp_path, optimizer={**ADAMW, "options": {"weight_decay": 0.25}},
+        run={"steps": 2, "resume": "latest"},
+    )  # fmt: skip
+    report = train(rest)
+    assert report.checkpoint is not None
+    (group,) = torch.load(report.checkpoint, weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert group["weight_decay"] == 0.25 and "optimizer settings was" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["dora", "lokr", "full"])
+def test_a_format_that_cannot_hold_what_trains_is_told_before_the_first_step(
+    settings: dict[str, Any], tmp_path: Path, kind: str
+) -> None:
+    config = config_of(settings, tmp_path, tune={"kind": kind}, run={"export_format": "diffusers"})
+    with pytest.raises((ArgumentError, LoRAError), match="diffusers"):
+        train(config)
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+def test_a_log_on_a_full_disk_costs_rows_and_not_the_run(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    append = logs._append
+
+    def full(path: Path, columns: Any, lines: Any) -> None:
+        if lines[0][0] == "2":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(path, columns, lines)
+
+    monkeypatch.setattr(logs, "_append", full)
+    report = train(config_of(settings, tmp_path, run={"steps": 3}))
+    assert report.step == 3 and [row["step"] for row in rows(report)] == ["1", "3"]
+    assert "No row of step 2" in caplog.text and "Training goes on" in caplog.text
+
+
+def test_validation_measures_the_average_that_is_exported(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Tensor] = []
+    look = validation.validation_losses
+
+    def noting(module: Any, *rest: Any) -> Tensor:
+        measured.append(next(iter(module.learners[0].parameters().values())).detach().clone())
+        return look(module, *rest)
+
+    monkeypatch.setattr(validation, "validation_losses", noting)
+    samples = {"every": 2, "holdout": 1, "quantiles": [0.5]}
+    report = train(
+        config_of(settings, tmp_path, optimizer=ADAMW, samples=samples, run={"steps": 2, "batch_size": 1})
+    )
+    assert report.checkpoint is not None
+    content = torch.load(report.checkpoint, weights_only=True)
+    name = next(iter(content["state_dict"]))
+    assert torch.equal(measured[-1], content["diffsynth"]["averages"][0][name])
+    assert not torch.equal(measured[-1], content["state_dict"][name])
+
+
+def test_other_samples_of_a_file_that_is_measured_are_not_trained_on(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    twice = {**settings, "data": [*settings["data"], {**settings["data"][0], "name": "again"}]}
+    config = config_of(twice, tmp_path, samples={"every": 1, "holdout": 2}, run={"steps": 1, "batch_size": 1})
+    run = training_run.Run(
+        config, torch.device("cpu"), training_run.Ranks(devices=1, nodes=1, rank=0, is_external=False)
+    )
+    samples = run._samples
+    trained, held_out = validation.split(samples, 2, 1)
+    measured = {samples.source(index) for index in held_out}
+    assert len(samples) == 12 and not measured & {samples.source(index) for index in trained}
+    assert len(trained) == 12 - 2 * len(measured)
+
+
+def test_a_schedule_free_optimizer_is_told_that_it_trains(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "tests.unit.training.test_run.Switching"
+    report = train(config_of(settings, tmp_path, optimizer={"name": name}, run={"steps": 2, "save_every": 1}))
+    assert report.step == 2
+    with pytest.raises(ArgumentError, match="looks at all weights at once"):
+        config_of(
+            settings, tmp_path, optimizer={"name": "schedule_free"},
+            tune={"kind": "full", "rounding": "stochastic"},
+        )  # fmt: skip
+
+
+class Switching(torch.optim.SGD):
+    """Refuses to step where it was not told to train, as schedule-free ones do."""
+
+    trains = False
+
+    def train(self) -> None:
+        self.trains = True
+
+    def eval(self) -> None:
+        self.trains = False
+
+    def step(self, closure: Any = None) -> Any:
+        assert self.trains, "not in train mode"
+        return super().step(closure)
+
+
+def test_pictures_that_vace_refers_to_are_part_of_what_is_learnt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_video(tmp_path / "data" / "a.mp4")
+    write_video(tmp_path / "data" / "control.mp4", seed=1)
+    write_picture(tmp_path / "data" / "who.png", seed=2)
+    (tmp_path / "data" / "metadata.csv").write_text(
+        "video,prompt,vace_video,vace_reference_image\na.mp4,a ball,control.mp4,who.png\n"
+    )
+    dit, text_encoder, vae, *more = toy_files("vace")
+    made = {
+        "model": {"dit": [dit], "adapters": list(more), "text_encoder": text_encoder, "vae": vae,
+                  "dtype": "float32", "device": "cpu"},
+        "data": [{"path": str(tmp_path / "data"), "sizes": [[HEIGHT, WIDTH]], "num_frames": [FRAMES],
+                  "fps": "native"}],
+        "cache": {"dtype": "float32"}, "tune": {"rank": 4},
+        "run": {"output": str(tmp_path / "out"), "steps": 1, "workers": 0},
+    }  # fmt: skip
+    seen: list[Tensor] = []
+    losses = FlowMatchObjective.losses
+
+    def noting(self: FlowMatchObjective, velocity: Tensor, latents: Tensor, *rest: Any) -> Tensor:
+        seen.append(latents)
+        return losses(self, velocity, latents, *rest)
+
+    monkeypatch.setattr(FlowMatchObjective, "losses", noting)
+    train(training_run_config(made))
+    sample = open_cache(tmp_path / "data")[0]
+    context = sample.positive.adapters["vace"].context  # type: ignore[attr-defined]
+    assert sample.plan.extra_frames == 1 and seen[0].shape[2] == sample.latents.shape[2] + 1
+    assert torch.equal(seen[0][:, :, :1], context[:, :16, :1]) and torch.equal(
+        seen[0][:, :, 1:], sample.latents
+    )
+
+
+def training_run_config(settings: dict[str, Any]) -> Any:
+    return build(TrainConfig, settings, "")

@@ -23,6 +23,18 @@ def test_rows_after_a_step_are_cut_and_the_rest_stays(tmp_path: Path) -> None:
     assert log.path.read_text().splitlines()[-1] == "4,0.25,2"
 
 
+def test_columns_that_a_run_gains_or_loses_on_the_way_cost_no_row(tmp_path: Path) -> None:
+    log = CsvLog(tmp_path, ["loss", "loss_a"])
+    for step in range(1, 4):
+        log.log_metrics({"loss": 1.0, "loss_a": 2.0}, step)
+    log = CsvLog(tmp_path, ["loss", "loss_b"])
+    log.cut(2)
+    log.log_metrics({"loss": 3.0, "loss_b": 4.0}, 3)
+    log = CsvLog(tmp_path, ["loss", "loss_b"])
+    log.cut(3)
+    assert log.path.read_text() == "step,loss,loss_b,loss_a\n1,1,,2\n2,1,,2\n3,3,4,\n"
+
+
 def test_checksums_are_masked_crc32c() -> None:
     # RFC 3720, B.4: 32 bytes of zero give 8a9136aa
     crc = 0x8A9136AA

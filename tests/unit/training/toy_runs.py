@@ -63,7 +63,7 @@ def trained_tensors(report: RunReport) -> dict[str, Tensor]:
 
 
 def first_gradients(run: Callable[[], RunReport]) -> tuple[RunReport, list[Tensor]]:
-    """A run, and what the gradients of its first step were before they were clipped."""
+    """A run, and the gradients of its first step before they were clipped; none under DeepSpeed."""
     seen: list[list[Tensor]] = []
     clip = training_module.clip
 
@@ -74,7 +74,7 @@ def first_gradients(run: Callable[[], RunReport]) -> tuple[RunReport, list[Tenso
 
     training_module.clip = noting
     try:
-        return run(), seen[0]
+        return run(), seen[0] if seen else []
     finally:
         training_module.clip = clip
 

@@ -110,3 +110,27 @@ def test_sound_alone_is_no_video(tmp_path: Path) -> None:
         container.mux(stream.encode())
     with pytest.raises(MediaReadError, match="has no picture track"):
         probe_media(file)
+
+
+def test_a_tag_that_is_not_utf8_does_not_stop_anyone(tmp_path: Path) -> None:
+    file = tmp_path / "a.mkv"
+    with av.open(str(file), "w") as container:
+        container.metadata["title"] = "XXXXXXXX"
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(noise(), format="rgb24")))
+        container.mux(stream.encode())
+    data = file.read_bytes()
+    assert b"XXXXXXXX" in data
+    file.write_bytes(data.replace(b"XXXXXXXX", b"caf\xe9 \xff\xfeX"))
+    assert probe_media(file).num_frames == len(diffsynth.VideoData(file)) == 1
+
+
+def test_a_png_with_a_broken_chunk_is_a_picture_that_cannot_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    Image.fromarray(noise()).save(file)
+    data = file.read_bytes()
+    at = data.index(b"IDAT")
+    file.write_bytes(data[:at] + b"\x00\x01\x02\x03" + data[at + 4 :])
+    with pytest.raises(MediaReadError, match="cannot be read as a picture"):
+        diffsynth.video.load_image(file)

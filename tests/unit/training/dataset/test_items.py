@@ -176,3 +176,22 @@ def test_a_mirrored_camera_is_refused(folder: Path) -> None:
     (folder / "metadata.csv").write_text("file_name,text,camera_control_direction\na.mp4,a,Left\n")
     with pytest.raises(ArgumentError, match="mirrored camera"):
         items(folder, flip=True)
+
+
+def test_characters_that_only_unicode_takes_for_an_end_of_line_stay_in_a_caption(folder: Path) -> None:
+    words = "a cat\u2028asleep\u0085here"
+    (folder / "metadata.csv").write_text(f"file_name,text\na.mp4,{words}\n", encoding="utf-8")
+    (folder / "list.jsonl").write_text(
+        json.dumps({"video": "train/a.mp4", "prompt": words}, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    for name in ("metadata.csv", "list.jsonl"):
+        assert [item.caption for item in items(folder / name)] == [words]
+
+
+@pytest.mark.parametrize(
+    ("caption", "told"),
+    [("cat on a mat", "cat on a mat"), ("cathedral at night", "cat cathedral at night"), ("cat", "cat")],
+)
+def test_a_trigger_is_a_word_and_not_the_beginning_of_one(folder: Path, caption: str, told: str) -> None:
+    (folder / "metadata.csv").write_text(f"file_name,text\na.mp4,{caption}\n")
+    assert [item.caption for item in items(folder, trigger="cat")] == [told]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,15 @@ def test_unusable_files_are_dropped_with_reasons_and_listed(
         plan(root, strict=True)
     dataset("long.mp4")
     assert plan(root).dropped == () and made.lists[0].read_text() == "", "an old list does not stay true"
+
+
+def test_datasets_that_share_a_list_are_all_on_it(dataset: Dataset, tmp_path: Path) -> None:
+    root = dataset("long.mp4", "short.mp4")
+    config = DatasetConfig(path=str(root), num_frames=(5,), sizes=((48, 64),))
+    pictures = replace(config, num_frames=(1,))
+    both = plan_dataset([config, pictures], model_fps=16.0, list_folder=tmp_path / "lists")
+    assert len(both.dropped) == 1 and len(both.lists) == 1
+    assert "short.mp4" in both.lists[0].read_text()
 
 
 def test_a_video_too_short_at_the_rate_of_the_model_says_both_lengths(dataset: Dataset) -> None:
