@@ -41,7 +41,8 @@ class DatasetConfig:
     # (sizes of about the same area).
     resolutions: Literal["one", "each"] = "one"
     resize: Resize = "cover"  # "cover": cut in the middle; "stretch"; "contain": black bars
-    repeats: float = 1.0  # how often an epoch shows each clip; 2.5: half of them a third time
+    # How often an epoch shows each clip; 2.5: half of them a third time, 0.25: the same quarter of them.
+    repeats: float = 1.0
     from_step: int = 0  # of the run: steps before it do not see the dataset
     until_step: int = 0  # the first step that does not see it any more; 0: it is seen to the end
     # Each step sees one latent frame of a clip alone, any but the first: what a clip shows, with no frames

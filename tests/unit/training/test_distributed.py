@@ -82,6 +82,17 @@ def test_fsdp2_equals_one_process(
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_fsdp2_measures_and_saves_in_one_step(settings: dict[str, Any], tmp_path: Path, kind: str) -> None:
+    """A pass without gradients leaves weights whole; what is saved after it must not be."""
+    compare(
+        settings, tmp_path, tune={"kind": kind}, run={"strategy": "fsdp2"},
+        samples={"every": 2, "holdout": 1, "quantiles": [0.5]},
+        optimizer={"ema": 0.9, "learning_rate": 0.1 if kind == "lora" else 0.01},
+    )  # fmt: skip
+
+
+@pytest.mark.distributed
 def test_fsdp2_goes_on_from_its_checkpoint(settings: dict[str, Any], tmp_path: Path) -> None:
     optimizer = {"name": "adamw", "learning_rate": 0.01, "ema": 0.9}
     run = {"strategy": "fsdp2", "batch_size": 1}
