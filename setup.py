@@ -18,6 +18,7 @@ def read_version() -> str:
 
 
 TRAIN = ["lightning>=2.4", "pyyaml>=6"]
+DEEPSPEED = [*TRAIN, "deepspeed>=0.15"]
 UI = ["gradio>=5"]
 CONTROL = ["opencv-python>=4.8", "transformers>=4.46", "rtmlib>=0.0.13", "onnxruntime>=1.17"]
 PEERS = ["peft>=0.14", "diffusers>=0.35", "transformers>=4.46"]  # what our numbers are compared with
@@ -50,7 +51,14 @@ setup(
         "huggingface_hub>=0.26",
         "modelscope>=1.20",
     ],
-    extras_require={"train": TRAIN, "ui": UI, "control": CONTROL, "test": TEST, "dev": DEV},
+    extras_require={
+        "train": TRAIN,
+        "deepspeed": DEEPSPEED,
+        "ui": UI,
+        "control": CONTROL,
+        "test": TEST,
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["diffsynth=diffsynth.cli.app:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -54,7 +54,9 @@ def deepspeed_strategy(config: TrainConfig) -> DeepSpeedStrategy:
         MissingPackageError: when DeepSpeed is not installed.
     """
     if find_spec("deepspeed") is None:
-        raise MissingPackageError("deepspeed", f"run.strategy {config.run.strategy}", "pip install deepspeed")
+        raise MissingPackageError(
+            "deepspeed", f"run.strategy {config.run.strategy}", "pip install 'diffsynth[deepspeed]'"
+        )
     return DeepSpeedStrategy(
         config=deepspeed_config(config), timeout=timedelta(seconds=config.run.timeout_s),
         precision_plugin=_AsItComes("32-true"),
