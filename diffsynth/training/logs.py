@@ -7,6 +7,7 @@ that is large for what it does here; both formats are a few lines.
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 import struct
 import time
@@ -159,8 +160,14 @@ class EventLog(RunLog):
             file.write(length + _checksum(length) + data + _checksum(data))
 
 
-def other_logger(name: str, output: Path, config: Mapping[str, Any]) -> Logger:
+def other_logger(name: str, output: Path, config: Mapping[str, Any], folder: Path) -> Logger:
     """The logger of wandb or swanlab, by name.
+
+    Args:
+        name: of the service.
+        output: of the run; where the service keeps files of its own.
+        config: shown beside the curves.
+        folder: of the run's logs: a run that goes on in it is the same run to wandb.
 
     Raises:
         MissingPackageError: when it is not installed.
@@ -170,7 +177,8 @@ def other_logger(name: str, output: Path, config: Mapping[str, Any]) -> Logger:
         try:
             from lightning.pytorch.loggers import WandbLogger
 
-            return WandbLogger(save_dir=output, config=dict(config))
+            run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+            return WandbLogger(save_dir=output, config=dict(config), id=run_id)
         except ModuleNotFoundError as error:
             raise MissingPackageError("wandb", "run.loggers", "pip install wandb") from error
     if name == "swanlab":

@@ -303,7 +303,11 @@ class Run:
             csv_log.cut(self.module.start)
             events.begin_again(self.module.start)
         names = self.config.run.loggers if self._ranks.rank == 0 else ()
-        return [csv_log, events, *(other_logger(name, self._output, asdict(self.config)) for name in names)]
+        return [
+            csv_log,
+            events,
+            *(other_logger(name, self._output, asdict(self.config), self.folder) for name in names),
+        ]
 
     def _trainer(self, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
         return Trainer(

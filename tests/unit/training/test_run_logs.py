@@ -59,4 +59,13 @@ def test_an_event_file_is_records_that_tensorboard_reads(tmp_path: Path) -> None
 
 def test_an_unknown_logger_is_named() -> None:
     with pytest.raises(ArgumentError, match="names 'mlflow'"):
-        other_logger("mlflow", Path(), {})
+        other_logger("mlflow", Path(), {}, Path())
+
+
+def test_a_run_that_goes_on_is_the_same_run_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, object]] = []
+    monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger", lambda **given: made.append(given))
+    for folder in ("version_0", "version_0", "version_1"):
+        other_logger("wandb", tmp_path, {}, tmp_path / folder)
+    first, again, other = (given["id"] for given in made)
+    assert first == again != other
