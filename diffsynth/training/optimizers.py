@@ -82,6 +82,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 def evaluated(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
     """Schedule-free optimizers train at one point and are judged at another: stand at the latter inside."""
     with_modes = [one for one in optimizers if hasattr(one, "eval") and hasattr(one, "train")]
+    # The way there and back rounds: who looks must not change what comes after.
+    kept = [(p, p.detach().clone()) for one in with_modes for g in one.param_groups for p in g["params"]]
     for optimizer in with_modes:
         optimizer.eval()
     try:
@@ -89,6 +91,9 @@ def evaluated(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
     finally:
         for optimizer in with_modes:
             optimizer.train()
+        with torch.no_grad():
+            for parameter, value in kept:
+                parameter.copy_(value)
 
 
 def named_state(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Any]:
