@@ -84,6 +84,11 @@ def find_resume(resume: str | None, output: Path) -> Path | None:
     return _last(list((output / LOGS).glob(f"version_*/{CHECKPOINTS}/*.ckpt")))
 
 
+def last_checkpoint(folder: Path) -> Path | None:
+    """The one of a run's folder that was written last."""
+    return _last(list((folder / CHECKPOINTS).glob("*.ckpt")))
+
+
 def checkpoint_path(folder: Path, state: State) -> Path:
     """Where a state belongs, in the folder of its run."""
     return folder / CHECKPOINTS / f"epoch={state.epoch}-step={state.step}.ckpt"

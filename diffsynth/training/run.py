@@ -29,6 +29,7 @@ from diffsynth.training.checkpoints import (
     drop_old,
     export_path,
     find_resume,
+    last_checkpoint,
     read_state,
     require_room,
     require_same_run,
@@ -181,6 +182,7 @@ class Run:
         for note in batches.notes:
             logger.warning("%s", note)
         self.folder = version_folder(self._output, path, goes_on=config.run.resume is not None)
+        self._agreed = ranks.world == 1  # that this is the folder
         self.module = WanTrainingModule(
             self._loaded.learners, objective, batches, config, start=0 if state is None else state.step,
             optimizer_states=[] if state is None else state.optimizers,
@@ -211,7 +213,7 @@ class Run:
                 trainer.fit(module, train_dataloaders=self._batches())
         except RuntimeError as error:
             if self._ranks.world > 1 and is_of_a_lost_rank(error):
-                raise lost_rank(config.run, error, None if saver.saved is None else saver.saved[1]) from error
+                raise lost_rank(config.run, error, last_checkpoint(self.folder)) from error
             raise
         return self._report(tuple(log.losses), saver.saved, saver.stopped_by)
 
@@ -219,8 +221,10 @@ class Run:
         """Write a checkpoint and, beside it, the export; every rank takes part, the first one writes."""
         state, is_first = self._state(module), self._ranks.rank == 0
         strategy = module.trainer.strategy
-        # Processes that Lightning started find another number for the folder than the first one took.
-        path: Path = strategy.broadcast(checkpoint_path(self.folder, state))
+        if not self._agreed:
+            # Processes that Lightning started find another number for the folder than the first one took.
+            self.folder, self._agreed = strategy.broadcast(self.folder), True
+        path = checkpoint_path(self.folder, state)
         failure: OutputPathError | None = None
         for number, learner in enumerate(module.learners):
             target = export_path(path, learner.role or "")
