@@ -47,9 +47,10 @@ def run_train(arguments: Sequence[str]) -> None:
     with log_to_stderr(len(given) < len(arguments)):
         config = _config(path, flags)
         report = _train(config)
-        if config.run.task == "data_process" and os.environ.get("RANK", "0") == "0":
-            _keep_settings(config)
-        typer.echo(str(report))
+        if config.run.task != "data_process":
+            typer.echo(str(report))
+        elif os.environ.get("RANK", "0") == "0":
+            typer.echo(f"Encoded; --run.task train goes on from here. The settings are in {_kept(config)}.")
 
 
 def _help() -> str:
@@ -75,11 +76,13 @@ def _train(config: TrainConfig) -> object:
     return train(config)
 
 
-def _keep_settings(config: TrainConfig) -> None:
-    """Of an encoding alone; a training saves its settings in a folder of its own."""
+def _kept(config: TrainConfig) -> Path:
+    """Save the settings of an encoding alone; a training saves its own in the folder of its logs."""
     from diffsynth.training.config_files import save_config
 
-    save_config(config, Path(config.run.output).expanduser() / ENCODED_WITH)
+    path = Path(config.run.output).expanduser() / ENCODED_WITH
+    save_config(config, path)
+    return path
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,7 +112,10 @@ def quiet_lightning() -> Iterator[None]:
     for other in others:
         other.setLevel(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            # Of its own use of torch, which nobody here can change.
+            warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")
+            yield
     finally:
         for other, level in zip(others, levels, strict=True):
             other.setLevel(level)
