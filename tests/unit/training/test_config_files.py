@@ -106,10 +106,3 @@ def test_strict_is_one_wish_for_data_and_cache(tmp_path: Path) -> None:
     assert [one.strict for one in config.data] == [True, True] and config.cache.strict
     alone = load_config(TrainConfig, tmp_path / "run.yaml", ["--data.1.strict", "true"])
     assert [one.strict for one in alone.data] == [False, True] and not alone.cache.strict
-
-
-@pytest.mark.parametrize("recipe", sorted(Path("train/recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_is_a_config(recipe: Path) -> None:
-    config = load_config(TrainConfig, recipe)
-    assert config.model.dit and config.model.vae and config.model.text_encoder and config.data
-    assert config.run.output.startswith("output/")
