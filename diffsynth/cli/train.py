@@ -50,7 +50,8 @@ def run_train(arguments: Sequence[str]) -> None:
         if config.run.task != "data_process":
             typer.echo(str(report))
         elif os.environ.get("RANK", "0") == "0":
-            typer.echo(f"Encoded; --run.task train goes on from here. The settings are in {_kept(config)}.")
+            path = _save_settings(config)
+            typer.echo(f"Encoded; --run.task train goes on from here. The settings are in {path}.")
 
 
 def _help() -> str:
@@ -76,7 +77,7 @@ def _train(config: TrainConfig) -> object:
     return train(config)
 
 
-def _kept(config: TrainConfig) -> Path:
+def _save_settings(config: TrainConfig) -> Path:
     """Save the settings of an encoding alone; a training saves its own in the folder of its logs."""
     from diffsynth.training.config_files import save_config
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import errno
 import math
 import os
@@ -18,30 +17,26 @@ from diffsynth.errors import ArgumentError, LoRAError, NotFiniteError
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.models.toy import toy_files
 from diffsynth.sampling.schedule import add_noise
-from diffsynth.training import logs, validation
+from diffsynth.training import logs
 from diffsynth.training import run as training_run
 from diffsynth.training.batches import Batches
 from diffsynth.training.cached_dataset import open_cache
 from diffsynth.training.callbacks import Saver
-from diffsynth.training.config import TrainConfig
-from diffsynth.training.config_files import build
 from diffsynth.training.objective import FlowMatchObjective
-from diffsynth.training.run import RunReport, train
-from tests.unit.training.clips_of_noise import FRAMES, HEIGHT, WIDTH, write_picture, write_video
-from tests.unit.training.toy_runs import config_of, first_gradients, toy_settings, trained_tensors
-
-ADAMW = {"name": "adamw", "learning_rate": 0.01, "schedule": "cosine", "warmup_steps": 2, "ema": 0.9}
+from diffsynth.training.run import train
+from tests.unit.training.toy_runs import (
+    ADAMW,
+    config_of,
+    first_gradients,
+    rows,
+    toy_settings,
+    trained_tensors,
+)
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return toy_settings(tmp_path_factory.mktemp("toy"))
-
-
-def rows(report: RunReport) -> list[dict[str, str]]:
-    assert report.folder is not None
-    with (report.folder / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def weight_after(settings: dict[str, Any], lora: Path | None) -> Tensor:
@@ -246,20 +241,6 @@ def test_another_model_is_refused_at_resume(settings: dict[str, Any], tmp_path: 
         train(config_of(settings, tmp_path, tune={"rank": 2}, run={"steps": 2, "resume": "latest"}))
 
 
-def test_validation_stands_beside_the_loss_and_its_samples_are_not_trained(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
-    samples = {"every": 2, "holdout": 2, "quantiles": [0.2, 0.8]}
-    report = train(config_of(settings, tmp_path, samples=samples, run={"steps": 4, "batch_size": 1}))
-    told = [row["validation_loss"] for row in rows(report)]
-    assert [bool(text) for text in told] == [False, True, False, True]
-    assert report.folder is not None
-    with (report.folder / "others.csv").open() as file:
-        others = [(row["step"], row["name"]) for row in csv.DictReader(file)]
-    assert others == [(s, f"validation_loss_q{q}") for s in "024" for q in ("0.2", "0.8")]
-    assert "holdout: 2" in (report.folder / "config.yaml").read_text()
-
-
 def test_two_experts_learn_in_turn_each_in_its_range(settings: dict[str, Any], tmp_path: Path) -> None:
     low = toy_files("t2v", seed=1)[0]
     config = config_of(settings, tmp_path, model={"dit_low": [low]}, run={"steps": 6, "batch_size": 1})
@@ -286,18 +267,6 @@ def test_two_experts_learn_in_turn_each_in_its_range(settings: dict[str, Any], t
         settings, tmp_path, model={"dit_low": [low]}, run={"steps": 7, "batch_size": 1, "resume": "latest"}
     )
     assert train(again).step == 7
-
-
-def test_prompts_become_videos_and_training_goes_on_the_same(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
-    samples = {"every": 1, "holdout": 0, "prompts": ["a red circle"], "num_inference_steps": 1}
-    run = {"steps": 2, "batch_size": 1}
-    shown = train(config_of(settings, tmp_path / "shown", samples=samples, run=run))
-    plain = train(config_of(settings, tmp_path / "plain", run=run))
-    assert shown.losses == plain.losses
-    names = sorted(path.name for path in (tmp_path / "shown" / "samples").iterdir())
-    assert names == [f"step={step}-1.mp4" for step in range(3)]
 
 
 def test_a_model_under_another_name_is_the_same_model(
@@ -356,43 +325,6 @@ def test_a_log_on_a_full_disk_costs_rows_and_not_the_run(
     assert "No row of step 2" in caplog.text and "Training goes on" in caplog.text
 
 
-def test_validation_measures_the_average_that_is_exported(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured: list[Tensor] = []
-    look = validation.validation_losses
-
-    def noting(module: Any, *rest: Any) -> Tensor:
-        measured.append(next(iter(module.learners[0].parameters().values())).detach().clone())
-        return look(module, *rest)
-
-    monkeypatch.setattr(validation, "validation_losses", noting)
-    samples = {"every": 2, "holdout": 1, "quantiles": [0.5]}
-    report = train(
-        config_of(settings, tmp_path, optimizer=ADAMW, samples=samples, run={"steps": 2, "batch_size": 1})
-    )
-    assert report.checkpoint is not None
-    content = torch.load(report.checkpoint, weights_only=True)
-    name = next(iter(content["state_dict"]))
-    assert torch.equal(measured[-1], content["diffsynth"]["averages"][0][name])
-    assert not torch.equal(measured[-1], content["state_dict"][name])
-
-
-def test_other_samples_of_a_file_that_is_measured_are_not_trained_on(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
-    twice = {**settings, "data": [*settings["data"], {**settings["data"][0], "name": "again"}]}
-    config = config_of(twice, tmp_path, samples={"every": 1, "holdout": 2}, run={"steps": 1, "batch_size": 1})
-    run = training_run.Run(
-        config, torch.device("cpu"), training_run.Ranks(devices=1, nodes=1, rank=0, is_external=False)
-    )
-    samples = run._samples
-    trained, held_out = validation.split(samples, 2, 1)
-    measured = {samples.source(index) for index in held_out}
-    assert len(samples) == 12 and not measured & {samples.source(index) for index in trained}
-    assert len(trained) == 12 - 2 * len(measured)
-
-
 def test_a_schedule_free_optimizer_is_told_that_it_trains(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,42 +352,3 @@ class Switching(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         assert self.trains, "not in train mode"
         return super().step(closure)
-
-
-def test_pictures_that_vace_refers_to_are_part_of_what_is_learnt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_video(tmp_path / "data" / "a.mp4")
-    write_video(tmp_path / "data" / "control.mp4", seed=1)
-    write_picture(tmp_path / "data" / "who.png", seed=2)
-    (tmp_path / "data" / "metadata.csv").write_text(
-        "video,prompt,vace_video,vace_reference_image\na.mp4,a ball,control.mp4,who.png\n"
-    )
-    dit, text_encoder, vae, *more = toy_files("vace")
-    made = {
-        "model": {"dit": [dit], "adapters": list(more), "text_encoder": text_encoder, "vae": vae,
-                  "dtype": "float32", "device": "cpu"},
-        "data": [{"path": str(tmp_path / "data"), "sizes": [[HEIGHT, WIDTH]], "num_frames": [FRAMES],
-                  "fps": "native"}],
-        "cache": {"dtype": "float32"}, "tune": {"rank": 4},
-        "run": {"output": str(tmp_path / "out"), "steps": 1, "workers": 0},
-    }  # fmt: skip
-    seen: list[Tensor] = []
-    losses = FlowMatchObjective.losses
-
-    def noting(self: FlowMatchObjective, velocity: Tensor, latents: Tensor, *rest: Any) -> Tensor:
-        seen.append(latents)
-        return losses(self, velocity, latents, *rest)
-
-    monkeypatch.setattr(FlowMatchObjective, "losses", noting)
-    train(training_run_config(made))
-    sample = open_cache(tmp_path / "data")[0]
-    context = sample.positive.adapters["vace"].context  # type: ignore[attr-defined]
-    assert sample.plan.extra_frames == 1 and seen[0].shape[2] == sample.latents.shape[2] + 1
-    assert torch.equal(seen[0][:, :, :1], context[:, :16, :1]) and torch.equal(
-        seen[0][:, :, 1:], sample.latents
-    )
-
-
-def training_run_config(settings: dict[str, Any]) -> Any:
-    return build(TrainConfig, settings, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import socket
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from diffsynth.training.sharding import on_cpu
 from tests.unit.training.clips_of_noise import HEIGHT, WIDTH, write_picture
 
 NUM_PICTURES = 6
+ADAMW = {"name": "adamw", "learning_rate": 0.01, "schedule": "cosine", "warmup_steps": 2, "ema": 0.9}
 
 
 def toy_settings(folder: Path) -> dict[str, Any]:
@@ -54,6 +56,12 @@ def config_of(settings: dict[str, Any], output: Path, **sections: dict[str, Any]
         changed[name] = {**changed.get(name, {}), **section}
     config: TrainConfig = build(TrainConfig, changed, "")
     return config
+
+
+def rows(report: RunReport) -> list[dict[str, str]]:
+    assert report.folder is not None
+    with (report.folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
 
 
 def trained_tensors(report: RunReport) -> dict[str, Tensor]:

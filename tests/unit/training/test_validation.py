@@ -1,0 +1,84 @@
+"""What a run measures and shows of itself, and that it changes nothing."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffsynth.training import run as training_run
+from diffsynth.training import validation
+from diffsynth.training.run import train
+from tests.unit.training.toy_runs import ADAMW, config_of, rows, toy_settings
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return toy_settings(tmp_path_factory.mktemp("toy"))
+
+
+def test_validation_stands_beside_the_loss_and_its_samples_are_not_trained(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    samples = {"every": 2, "holdout": 2, "quantiles": [0.2, 0.8]}
+    report = train(config_of(settings, tmp_path, samples=samples, run={"steps": 4, "batch_size": 1}))
+    told = [row["validation_loss"] for row in rows(report)]
+    assert [bool(text) for text in told] == [False, True, False, True]
+    assert report.folder is not None
+    with (report.folder / "others.csv").open() as file:
+        others = [(row["step"], row["name"]) for row in csv.DictReader(file)]
+    assert others == [(s, f"validation_loss_q{q}") for s in "024" for q in ("0.2", "0.8")]
+    assert "holdout: 2" in (report.folder / "config.yaml").read_text()
+
+
+def test_validation_measures_the_average_that_is_exported(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Tensor] = []
+    look = validation.validation_losses
+
+    def noting(module: Any, *rest: Any) -> Tensor:
+        measured.append(next(iter(module.learners[0].parameters().values())).detach().clone())
+        return look(module, *rest)
+
+    monkeypatch.setattr(validation, "validation_losses", noting)
+    samples = {"every": 2, "holdout": 1, "quantiles": [0.5]}
+    report = train(
+        config_of(settings, tmp_path, optimizer=ADAMW, samples=samples, run={"steps": 2, "batch_size": 1})
+    )
+    assert report.checkpoint is not None
+    content = torch.load(report.checkpoint, weights_only=True)
+    name = next(iter(content["state_dict"]))
+    assert torch.equal(measured[-1], content["diffsynth"]["averages"][0][name])
+    assert not torch.equal(measured[-1], content["state_dict"][name])
+
+
+def test_other_samples_of_a_file_that_is_measured_are_not_trained_on(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    twice = {**settings, "data": [*settings["data"], {**settings["data"][0], "name": "again"}]}
+    config = config_of(twice, tmp_path, samples={"every": 1, "holdout": 2}, run={"steps": 1, "batch_size": 1})
+    run = training_run.Run(
+        config, torch.device("cpu"), training_run.Ranks(devices=1, nodes=1, rank=0, is_external=False)
+    )
+    samples = run._samples
+    trained, held_out = validation.split(samples, 2, 1)
+    measured = {samples.source(index) for index in held_out}
+    assert len(samples) == 12 and not measured & {samples.source(index) for index in trained}
+    assert len(trained) == 12 - 2 * len(measured)
+
+
+def test_prompts_become_videos_and_training_goes_on_the_same(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    samples = {"every": 1, "holdout": 0, "prompts": ["a red circle"], "num_inference_steps": 1}
+    run = {"steps": 2, "batch_size": 1}
+    shown = train(config_of(settings, tmp_path / "shown", samples=samples, run=run))
+    plain = train(config_of(settings, tmp_path / "plain", run=run))
+    assert shown.losses == plain.losses
+    names = sorted(path.name for path in (tmp_path / "shown" / "samples").iterdir())
+    assert names == [f"step={step}-1.mp4" for step in range(3)]
