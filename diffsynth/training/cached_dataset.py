@@ -282,7 +282,12 @@ def _one_maker(
     for samples in made_by.values():
         for index, header in samples.items():
             if index not in chosen:
-                raise _mixture(next(iter(chosen.values())), header)
+                newer = next(iter(chosen.values()))
+                raise ArgumentError(
+                    f"{header.path} was not made like {newer.path}, which is newer "
+                    f"({differing(newer.meta, header.meta)}), and its clip has no newer one: {REMEDY}, or, "
+                    "where that leaves the clip out, remove the older file."
+                )
     if len(made_by) > 1:
         one = next(iter(chosen.values()))
         logger.info(
