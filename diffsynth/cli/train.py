@@ -50,8 +50,8 @@ def run_train(arguments: Sequence[str]) -> None:
         if config.run.task != "data_process":
             typer.echo(str(report))
         elif os.environ.get("RANK", "0") == "0":
-            path = _save_settings(config)
-            typer.echo(f"Encoded; --run.task train goes on from here. The settings are in {path}.")
+            saved = _save_settings(config)
+            typer.echo(f"Encoded; --run.task train goes on from here. The settings are in {saved}.")
 
 
 def _help() -> str:
