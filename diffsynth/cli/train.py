@@ -81,7 +81,7 @@ def _save_settings(config: TrainConfig) -> Path:
     """Save the settings of an encoding alone; a training saves its own in the folder of its logs."""
     from diffsynth.training.config_files import save_config
 
-    path = Path(config.run.output).expanduser() / ENCODED_WITH
+    path = Path(config.run.output) / ENCODED_WITH
     save_config(config, path)
     return path
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from diffsynth.errors import ArgumentError
@@ -152,6 +153,8 @@ class RunConfig:
         for name in ("workers", "save_every", "keep_last", "devices", "seed", "steps_per_epoch"):
             _at_least(getattr(self, name), 0, name)
         _above(self.timeout_s, 0, "timeout_s", "1800 is half an hour")
+        if self.output.startswith("~"):  # once, for all who read it
+            object.__setattr__(self, "output", str(Path(self.output).expanduser()))
         if self.resume is not None and self.start_from is not None:
             raise ArgumentError(
                 "run.resume goes on with a run and run.start_from begins a new one; give one of them."

@@ -111,7 +111,7 @@ def train(config: TrainConfig) -> RunReport:
     device = resolved_device(config.model.device)
     require_gpu(config, device)
     ranks = Ranks.of(config, device)
-    output = Path(config.run.output).expanduser()
+    output = Path(config.run.output)
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     # Processes that Lightning starts come here too; the first has filled the cache before it started them.
@@ -148,7 +148,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, device: torch.device, ranks: Ranks) -> None:
         self.config, self._device, self._ranks = config, device, ranks
-        self._output = Path(config.run.output).expanduser()
+        self._output = Path(config.run.output)
         objective = FlowMatchObjective(config.objective)
         path = find_resume(config.run.resume, self._output)
         state = None if path is None else read_state(path)

@@ -106,3 +106,10 @@ def test_strict_is_one_wish_for_data_and_cache(tmp_path: Path) -> None:
     assert [one.strict for one in config.data] == [True, True] and config.cache.strict
     alone = load_config(TrainConfig, tmp_path / "run.yaml", ["--data.1.strict", "true"])
     assert [one.strict for one in alone.data] == [False, True] and not alone.cache.strict
+
+
+def test_the_home_folder_is_meant_by_a_tilde(
+    file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config(TrainConfig, file, ["--run.output", "~/x"]).run.output == str(tmp_path / "x")
