@@ -10,9 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffsynth.models.toy import toy_files
 from diffsynth.training import run as training_run
 from diffsynth.training import validation
+from diffsynth.training.config import TrainConfig
+from diffsynth.training.config_files import build
 from diffsynth.training.run import train
+from tests.unit.training.clips_of_noise import FRAMES, HEIGHT, WIDTH, write_picture, write_video
 from tests.unit.training.toy_runs import ADAMW, config_of, rows, toy_settings
 
 
@@ -82,3 +86,23 @@ def test_prompts_become_videos_and_training_goes_on_the_same(
     assert shown.losses == plain.losses
     names = sorted(path.name for path in (tmp_path / "shown" / "samples").iterdir())
     assert names == [f"step={step}-1.mp4" for step in range(3)]
+
+
+def test_sample_videos_of_an_image_to_video_model_begin_with_its_pictures(tmp_path: Path) -> None:
+    write_video(tmp_path / "data" / "a.mp4")
+    (tmp_path / "data" / "a.txt").write_text("a ball")
+    picture = write_picture(tmp_path / "first.png", seed=3)
+    dit, text_encoder, vae, image_encoder = toy_files("i2v")
+    made = {
+        "model": {"dit": [dit], "text_encoder": text_encoder, "vae": vae, "image_encoder": image_encoder,
+                  "dtype": "float32", "device": "cpu"},
+        "data": [{"path": str(tmp_path / "data"), "sizes": [[HEIGHT, WIDTH]], "num_frames": [FRAMES],
+                  "fps": "native"}],
+        "tune": {"rank": 4}, "run": {"output": str(tmp_path / "out"), "steps": 1, "workers": 0},
+        "samples": {"every": 1, "holdout": 0, "prompts": ["a ball"], "input_images": [str(picture)],
+                    "num_inference_steps": 1, "height": HEIGHT, "width": WIDTH, "num_frames": FRAMES},
+    }  # fmt: skip
+    train(build(TrainConfig, made, ""))
+    assert sorted(path.name for path in (tmp_path / "out" / "samples").iterdir()) == [
+        "step=0-1.mp4", "step=1-1.mp4",
+    ]  # fmt: skip
