@@ -47,7 +47,8 @@ def load_config(cls: type[T], path: str | Path | None, flags: Sequence[str] = ()
     content: dict[str, Any] = {}
     if path is not None:
         content = _read(Path(path))
-    for key, value in _pairs(cls, flags):
+    # What goes to several places comes last, when all of them are known.
+    for key, value in sorted(_pairs(cls, flags), key=lambda pair: pair[0] in EVERYWHERE):
         for place in _places(content, key):
             _lay_over(cls, content, place, value)
     built: T = build(cls, content, "")

@@ -36,6 +36,7 @@ from diffsynth.vram_management.visit import at_once, in_order
 
 Mode = Literal["full", "keep_attention"]
 MODES = ("full", "keep_attention")
+NUM_SLOTS = 2  # of streamed blocks: one computes, one comes
 
 
 @dataclass(eq=False)
@@ -213,7 +214,7 @@ class StreamedBase:
         networks: Sequence[nn.Module],
         device: torch.device,
         *,
-        num_slots: int = 2,
+        num_slots: int = NUM_SLOTS,
         host: Host | None = None,
     ) -> None:
         host = host or ("pinned" if device.type == "cuda" else "pageable")

@@ -179,8 +179,16 @@ def _read_caption(file: Path) -> str:
 
 
 def _with_trigger(caption: str, trigger: str) -> str:
-    has_it = re.match(rf"{re.escape(trigger)}(?!\w)", caption)  # "cat" does not begin "cathedral"
-    return caption if not trigger or has_it else f"{trigger} {caption}".strip()
+    if not trigger or _begins_with(caption, trigger):
+        return caption
+    return f"{trigger} {caption}".strip()
+
+
+def _begins_with(caption: str, trigger: str) -> bool:
+    """Whether a trigger stands in front as words of its own: "cat" does not begin "cathedral"."""
+    seam = caption[len(trigger) - 1 : len(trigger) + 1]
+    # ASCII: Chinese and Japanese have no blanks between words.
+    return caption.startswith(trigger) and not re.fullmatch(r"\w\w", seam, re.ASCII)
 
 
 def _add(listing: Listing, item: Item, *, has_caption: bool, config: DatasetConfig) -> None:

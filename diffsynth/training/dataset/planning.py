@@ -81,9 +81,7 @@ def plan_dataset(
         _check_captions(config, listing, list_folder)
     facts = _probe(listings, workers)
     parts: list[DatasetPlan] = []
-    dropped: dict[
-        Path, dict[Dropped, None]
-    ] = {}  # by the folder whose list names them: datasets may share one
+    dropped: dict[Path, dict[Dropped, None]] = {}  # by the folder of the list: datasets may share one
     for config, listing in zip(configs, listings, strict=True):
         items = tqdm(listing.items, desc="decoding", unit="file", disable=None if decode else True)
         part = _plan_one(config, listing, items, facts, cut)

@@ -104,6 +104,8 @@ def test_strict_is_one_wish_for_data_and_cache(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: {dit: [x]}\ndata: [{path: a}, {path: b}]")
     config = load_config(TrainConfig, tmp_path / "run.yaml", ["--strict"])
     assert [one.strict for one in config.data] == [True, True] and config.cache.strict
+    first = load_config(TrainConfig, None, ["--strict", "--model.dit", "x", "--data.0.path", "a"])
+    assert first.data[0].strict and first.cache.strict
     alone = load_config(TrainConfig, tmp_path / "run.yaml", ["--data.1.strict", "true"])
     assert [one.strict for one in alone.data] == [False, True] and not alone.cache.strict
 

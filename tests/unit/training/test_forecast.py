@@ -4,14 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from diffsynth.training.config import TrainConfig
 from diffsynth.training.forecast import too_large
 from diffsynth.training.loading import load_networks, plan_data
 from diffsynth.training.objective import FlowMatchObjective
-from diffsynth.training.recompute import StreamedBase
-from diffsynth.vram_management.residency import Residency
 from tests.unit.training.toy_runs import config_of, toy_settings
 
 
@@ -42,16 +39,3 @@ def test_what_saves_memory_is_counted(settings: dict[str, Any], tmp_path: Path) 
     many = {"batch_size": 10**7}  # arithmetic alone
     plain, full = need(run=many), need(run=many, memory={"gradient_checkpointing": "full"})
     assert full < plain
-
-
-def test_a_dit_that_training_streams_is_left_where_it_is(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Sample videos are made by a pipeline; brought in whole, a streamed DiT would fill the GPU."""
-    dit = load_networks(config_of(settings, tmp_path), FlowMatchObjective()).learners[0].denoiser.dit
-    stream = StreamedBase([dit], torch.device("cpu"))
-    residency = Residency({"dit": dit}, torch.device("meta"))
-    residency.enter("dit")
-    assert {parameter.device.type for parameter in dit.parameters()} == {"cpu"}
-    residency.close()
-    stream.close()
-    with pytest.raises(RuntimeError, match="incompatible tensor type"):  # what moves nothing cannot raise
-        Residency({"dit": dit}, torch.device("meta")).enter("dit")

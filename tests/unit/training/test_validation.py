@@ -15,7 +15,11 @@ from diffsynth.training import run as training_run
 from diffsynth.training import validation
 from diffsynth.training.config import TrainConfig
 from diffsynth.training.config_files import build
+from diffsynth.training.loading import load_networks
+from diffsynth.training.objective import FlowMatchObjective
+from diffsynth.training.recompute import StreamedBase
 from diffsynth.training.run import train
+from diffsynth.vram_management.residency import Residency
 from tests.unit.training.clips_of_noise import FRAMES, HEIGHT, WIDTH, write_picture, write_video
 from tests.unit.training.toy_runs import ADAMW, config_of, rows, toy_settings
 
@@ -106,3 +110,16 @@ def test_sample_videos_of_an_image_to_video_model_begin_with_its_pictures(tmp_pa
     assert sorted(path.name for path in (tmp_path / "out" / "samples").iterdir()) == [
         "step=0-1.mp4", "step=1-1.mp4",
     ]  # fmt: skip
+
+
+def test_a_dit_that_training_streams_is_left_where_it_is(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Sample videos are made by a pipeline; brought in whole, a streamed DiT would fill the GPU."""
+    dit = load_networks(config_of(settings, tmp_path), FlowMatchObjective()).learners[0].denoiser.dit
+    stream = StreamedBase([dit], torch.device("cpu"))
+    residency = Residency({"dit": dit}, torch.device("meta"))
+    residency.enter("dit")
+    assert {parameter.device.type for parameter in dit.parameters()} == {"cpu"}
+    residency.close()
+    stream.close()
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):  # what moves nothing cannot raise
+        Residency({"dit": dit}, torch.device("meta")).enter("dit")

@@ -195,3 +195,13 @@ def test_characters_that_only_unicode_takes_for_an_end_of_line_stay_in_a_caption
 def test_a_trigger_is_a_word_and_not_the_beginning_of_one(folder: Path, caption: str, told: str) -> None:
     (folder / "metadata.csv").write_text(f"file_name,text\na.mp4,{caption}\n")
     assert [item.caption for item in items(folder, trigger="cat")] == [told]
+
+
+@pytest.mark.parametrize(
+    ("trigger", "caption"), [("猫", "猫在睡觉"), ("sks:", "sks:dog"), ("sks:", "sks: dog")]
+)
+def test_a_trigger_without_a_blank_behind_it_stands_there_once(
+    folder: Path, trigger: str, caption: str
+) -> None:
+    (folder / "metadata.csv").write_text(f"file_name,text\na.mp4,{caption}\n", encoding="utf-8")
+    assert [item.caption for item in items(folder, trigger=trigger)] == [caption]
