@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,16 @@ def test_what_saves_memory_is_counted(settings: dict[str, Any], tmp_path: Path) 
     many = {"batch_size": 10**7}  # arithmetic alone
     plain, full = need(run=many), need(run=many, memory={"gradient_checkpointing": "full"})
     assert full < plain
+
+
+def test_a_moment_of_a_clip_is_counted_as_one_latent(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of(settings, tmp_path, run={"batch_size": 10**6})
+    loaded = load_networks(config, FlowMatchObjective())
+    plan = plan_data(config, loaded.facts)
+
+    def need(moments: bool) -> float:
+        clips = tuple(replace(clip, indices=tuple(range(81)), moments=moments) for clip in plan.clips)
+        (line,) = too_large(config, replace(plan, clips=clips), loaded, 1e-6)
+        return float(line.partition("take ")[2].partition(" GB")[0])
+
+    assert need(moments=True) < need(moments=False) / 10  # one latent of 21
