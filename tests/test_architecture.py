@@ -113,7 +113,8 @@ def test_file_imports_only_downwards(file: Path) -> None:
 @pytest.mark.parametrize("file", [*FILES, *sorted((REPOSITORY / "train").rglob("*.py"))], ids=name_of)
 def test_file_and_its_functions_are_short(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
-    assert text.count("\n") < 400, f"{file} has grown past 400 lines; split it by what it does"
+    # One subject a file is the rule; a length is only where to ask whether there are two.
+    assert text.count("\n") < 500, f"{file} has grown past 500 lines; split it by what it does"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
