@@ -113,11 +113,11 @@ def refine(
         run_refine(prompt, given)
 
 
-@app.command(epilog="For example: diffsynth decode cat.latents.safetensors --tiled")
+@app.command(epilog="For example: diffsynth decode cat.1a2b3c4d.latents.safetensors --tiled")
 @with_flags(DECODE_FLAGS)
 def decode(
     latents: Annotated[
-        Path, typer.Argument(help="What `generate` left: NAME.latents.safetensors.", show_default=False)
+        Path, typer.Argument(help="What `generate` left: NAME.ID.latents.safetensors.", show_default=False)
     ],
     **given: object,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Mapping
 from enum import Enum
@@ -64,10 +65,9 @@ def run_decode(path: Path, given: Mapping[str, object]) -> None:
 
 def _check(path: Path, saved: SavedLatents, values: Mapping[str, Any]) -> Output:
     from diffsynth.models.wan.dit_config import VAE22_CHANNELS
-    from diffsynth.pipelines.saved_latents import SUFFIX
 
     count, channels, num_latents, height, width = saved.latents.shape
-    name = path.name.removesuffix(SUFFIX).removesuffix(".safetensors") + ".mp4"
+    name = re.sub(r"(\.[0-9a-f]{8})?(\.latents)?\.safetensors$", "", path.name) + ".mp4"
     out: Path = values["out"] or path.with_name(Path(str(saved.output.get("name") or name)).name)
     num_frames = 4 * (num_latents - 1) + 1
     if is_picture(out) and num_frames > 1:

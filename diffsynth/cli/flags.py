@@ -148,7 +148,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="codec", kind=str, panel=FILE, help="h264, h265, vp9, av1 or ffmpeg's name of an encoder."),
     Flag(name="pix_fmt", kind=str, panel=FILE, help="yuv420p shows everywhere; yuv444p keeps full colour."),
     Flag(name="keep_latents", kind=bool, panel=FILE, default=False, spellings=("--keep-latents",),
-         help="Keep NAME.latents.safetensors, from which `diffsynth decode` makes the video again."),
+         help="Keep NAME.ID.latents.safetensors, from which `diffsynth decode` makes the video again."),
     Flag(name="preview", kind=bool, panel=FILE, default=False, spellings=("--preview",),
          help="Half the width and height, few steps, 4 seeds (--num-videos-per-prompt) and one sheet of them "
               "all; `diffsynth refine` goes on from the best."),

@@ -173,9 +173,7 @@ def _check(values: Mapping[str, Any], arguments: dict[str, Any]) -> Output:
     options = {name: values[name] for name in ENCODER_OPTIONS if values[name] is not None}
     output = check_output(out, count, fps=values["fps"], options=options, need_bytes=max(0, int(num_bytes)))
     for path in output.paths:
-        latents = check_output_path(latents_beside(path), suffixes=(".safetensors",))
-        if latents.exists():
-            logger.warning("%s is there, of a run that did not end or kept it; it will be replaced.", latents)
+        check_output_path(latents_beside(path, output.run_id), suffixes=(".safetensors",))
     return output
 
 
@@ -308,7 +306,9 @@ def _keep(
 
     path = output.paths[index]
     how = {"name": path.name, **output.options}
-    return save_latents(latents_beside(path), latents[index : index + 1], pipe.parts, settings, how)
+    return save_latents(
+        latents_beside(path, output.run_id), latents[index : index + 1], pipe.parts, settings, how
+    )
 
 
 def _no_progress(steps: Iterable[Any]) -> Iterable[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,10 +30,19 @@ BYTES_PER_PIXEL = 0.5  # of a noisy video at the default quality; most need a te
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Resumed:
+    """The names of a run that died; the run that goes on takes them over."""
+
+    run_id: str
+    paths: tuple[Path, ...]  # `Output.paths` of that run
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Output:
     """Where results go and how they are written."""
 
     paths: tuple[Path, ...]  # one per video
+    run_id: str  # 8 hex digits; what the run keeps beside its videos has them in its name
     is_picture: bool
     fps: float | None  # None: the model's
     options: Mapping[str, Any]  # of save_video
@@ -44,7 +54,13 @@ def is_picture(out: Path) -> bool:
 
 
 def check_output(
-    out: Path, count: int, *, fps: float | None, options: Mapping[str, Any], need_bytes: int
+    out: Path,
+    count: int,
+    *,
+    fps: float | None,
+    options: Mapping[str, Any],
+    need_bytes: int,
+    resumed: Resumed | None = None,
 ) -> Output:
     """Make sure that the files can be written, before anything is loaded.
 
@@ -54,6 +70,7 @@ def check_output(
         fps: frames per second; None: the model's.
         options: of the encoder, those that were given.
         need_bytes: estimated size of all files.
+        resumed: the run that this one goes on with; None: a new run.
 
     Raises:
         OutputPathError: when a path cannot be written.
@@ -61,14 +78,17 @@ def check_output(
     """
     if is_picture(out) and (options or fps is not None):
         raise ArgumentError(f"--out {out} is a picture; --fps and the encoder's options are for videos.")
-    numbered = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(count)] if count > 1 else [out]
+    numbered = tuple(out.with_stem(f"{out.stem}-{i + 1}") for i in range(count)) if count > 1 else (out,)
+    if resumed is not None:
+        numbered = resumed.paths
     for path in numbered:
         check_output_path(path, need_bytes=need_bytes, suffixes=VIDEO_SUFFIXES + PICTURE_SUFFIXES)
     if not is_picture(out):
         choose_encoding(out.suffix.lower(), **options)
         if fps is not None:
             frame_rate(fps)
-    return Output(paths=tuple(numbered), is_picture=is_picture(out), fps=fps, options=options)
+    run_id = secrets.token_hex(4) if resumed is None else resumed.run_id
+    return Output(paths=numbered, run_id=run_id, is_picture=is_picture(out), fps=fps, options=options)
 
 
 def write_video(

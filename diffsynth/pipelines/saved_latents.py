@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("diffsynth")
 
 SUFFIX = ".latents.safetensors"
+STEPS_SUFFIX = ".steps.safetensors"
 HEADER_BYTES = 1 << 16  # of the file, at most: prompts and settings
 _TINY = "tiny:"  # the shipped VAE is found wherever the package is installed
 
@@ -47,9 +48,14 @@ class SavedLatents:
     output: Mapping[str, object]  # name and encoder's options of the video; empty when not told
 
 
-def latents_beside(path: Path) -> Path:
-    """``video.mp4`` -> ``video.latents.safetensors`` in the same folder."""
-    return path.with_name(path.stem + SUFFIX)
+def latents_beside(path: Path, run_id: str) -> Path:
+    """``video.mp4`` -> ``video.1a2b3c4d.latents.safetensors`` in the same folder; no two runs share it."""
+    return path.with_name(f"{path.stem}.{run_id}{SUFFIX}")
+
+
+def steps_beside(path: Path, run_id: str) -> Path:
+    """``video.mp4`` -> ``video.1a2b3c4d.steps.safetensors``: what a run keeps between its steps."""
+    return path.with_name(f"{path.stem}.{run_id}{STEPS_SUFFIX}")
 
 
 def check_latents_path(path: str | os.PathLike[str], num_elements: int) -> Path:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,13 @@ class Ran:
     status: int
     out: str
     err: str
+
+
+def latents_of(video: Path) -> Path:
+    """The one file of latents beside a video; its name holds the id of the run."""
+    (found,) = video.parent.glob(f"{video.stem}.*.latents.safetensors")
+    assert re.fullmatch(rf"{re.escape(video.stem)}\.[0-9a-f]{{8}}\.latents\.safetensors", found.name)
+    return found
 
 
 class Shell:

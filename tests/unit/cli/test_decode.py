@@ -16,7 +16,7 @@ from diffsynth import VideoData, VideoWriter, read_metadata
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.pipelines.saved_latents import read_latents
 from tests.toys import TOY_FILES
-from tests.unit.cli.running import Ran, Shell
+from tests.unit.cli.running import Ran, Shell, latents_of
 
 # crf 0 loses nothing: files are compared by what was decoded, whatever the encoder decided under load
 SEEDED = ("--seed", 3, "--num-frames", 17, "--crf", 0)
@@ -56,11 +56,12 @@ def names(folder: Path) -> list[str]:
 def test_an_interrupted_run_is_finished_as_it_would_have_been(
     make: Any, shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    video, latents = tmp_path / "video.mp4", tmp_path / "video.latents.safetensors"
+    video = tmp_path / "video.mp4"
     assert make(*SEEDED).status == 0
     expected, settings = frames_of(video), read_metadata(video)
     video.unlink()
     assert interrupted(make, monkeypatch, *SEEDED).status == 130
+    latents = latents_of(video)
     assert names(tmp_path) == [latents.name]
     ran = shell("decode", latents, "--device", "cpu")
     assert ran.status == 0, ran.err
@@ -74,7 +75,7 @@ def test_a_decode_that_dies_leaves_the_latents_and_no_half_video(
     make: Any, shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     interrupted(make, monkeypatch, *SEEDED)
-    latents = tmp_path / "video.latents.safetensors"
+    latents = latents_of(tmp_path / "video.mp4")
     ran = interrupted(lambda *words: shell("decode", *words), monkeypatch, latents, "--device", "cpu")
     assert ran.status == 130 and f"diffsynth decode {latents}" in ran.err
     assert names(tmp_path) == [latents.name] and read_latents(latents).latents.shape == (1, 16, 5, 2, 4)
@@ -84,7 +85,8 @@ def test_everything_can_be_asked_anew(
     make: Any, shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, toy_folder: Path
 ) -> None:
     assert make("--seed", 3, "--keep-latents", "--height", 48, "--width", 64).status == 0
-    assert names(tmp_path) == ["video.latents.safetensors", "video.mp4"]
+    latents = latents_of(tmp_path / "video.mp4")
+    assert names(tmp_path) == [latents.name, "video.mp4"]
     other = tmp_path / "other.mkv"
     seen: list[Any] = []
     load = ModelManager.load_models
@@ -96,7 +98,7 @@ def test_everything_can_be_asked_anew(
 
     monkeypatch.setattr(ModelManager, "load_models", noted)
     ran = shell(
-        "decode", tmp_path / "video.latents.safetensors", "--vae", toy_folder, "--out", other, "--fps", 4,
+        "decode", latents, "--vae", toy_folder, "--out", other, "--fps", 4,
         "--dtype", "bfloat16", "--device", "cpu", "--tiled", "--tile-size", 4, 4, "--tile-stride", 2, 2,
         "--crf", 0,
     )  # fmt: skip
@@ -111,7 +113,7 @@ def test_a_picture_is_made_of_one_frame(make: Any, shell: Shell, tmp_path: Path)
     before = np.asarray(Image.open(tmp_path / "cat.png"))
     settings = read_metadata(tmp_path / "cat.png")
     (tmp_path / "cat.png").unlink()
-    ran = shell("decode", tmp_path / "cat.latents.safetensors", "--device", "cpu")
+    ran = shell("decode", latents_of(tmp_path / "cat.png"), "--device", "cpu")
     assert ran.status == 0 and "fps" not in ran.out, ran.err
     assert np.array_equal(np.asarray(Image.open(tmp_path / "cat.png")), before)
     assert read_metadata(tmp_path / "cat.png") == settings
@@ -172,9 +174,8 @@ def test_tiles_are_those_of_the_run_unless_asked_anew(make: Any, shell: Shell, t
     asked = ("--tiled", "--tile-size", 4, 4, "--tile-stride", 2, 2)
     assert make(*size, *asked).status == 0
     expected = frames_of(tmp_path / "video.mp4")
-    assert shell("decode", tmp_path / "video.latents.safetensors", "--device", "cpu").status == 0
+    latents = latents_of(tmp_path / "video.mp4")
+    assert shell("decode", latents, "--device", "cpu").status == 0
     assert np.array_equal(frames_of(tmp_path / "video.mp4"), expected)
-    assert (
-        shell("decode", tmp_path / "video.latents.safetensors", "--device", "cpu", "--no-tiled").status == 0
-    )
+    assert shell("decode", latents, "--device", "cpu", "--no-tiled").status == 0
     assert not np.array_equal(frames_of(tmp_path / "video.mp4"), expected)

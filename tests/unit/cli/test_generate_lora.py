@@ -13,7 +13,7 @@ from diffsynth import read_metadata
 from diffsynth.pipelines.saved_latents import read_latents
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from tests.toys import TOY_DIT
-from tests.unit.cli.running import Ran, Shell
+from tests.unit.cli.running import Ran, Shell, latents_of
 from tests.unit.lora.files import comfy_file
 
 LAYERS = {
@@ -54,7 +54,7 @@ def test_each_lora_acts_with_its_strength(
     done = ran(shell, toy_folder, tmp_path / "video.mp4", [f"{style}:0.5", motion])
     assert done.status == 0, done.err
     assert "LoRA 'style'" in done.err and "strength 0.5" in done.err
-    made = read_latents(tmp_path / "video.latents.safetensors").latents
+    made = read_latents(latents_of(tmp_path / "video.mp4")).latents
     assert torch.equal(made, expected(toy_folder, [(style, 0.5), (motion, 1.0)]))
     assert not torch.equal(made, expected(toy_folder, [(style, 1.0), (motion, 1.0)]))
     assert not torch.equal(made, expected(toy_folder, [(style, 0.5)]))

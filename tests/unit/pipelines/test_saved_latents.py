@@ -21,7 +21,7 @@ from diffsynth.errors import (
 )
 from diffsynth.models.wan.vae import WanVideoVAE
 from diffsynth.pipelines.components import PipelineComponents
-from diffsynth.pipelines.saved_latents import latents_beside, read_latents, save_latents
+from diffsynth.pipelines.saved_latents import latents_beside, read_latents, save_latents, steps_beside
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.tiny import tiny_folder
 from tests.unit.pipelines.counting import calls_of
@@ -159,4 +159,6 @@ def test_latents_of_another_program_need_no_settings(tmp_path: Path) -> None:
 
 
 def test_the_name_stands_beside_the_video() -> None:
-    assert latents_beside(Path("a/cat.v2.mp4")) == Path("a/cat.v2.latents.safetensors")
+    video = Path("a/cat.v2.mp4")
+    assert latents_beside(video, "1a2b3c4d") == Path("a/cat.v2.1a2b3c4d.latents.safetensors")
+    assert steps_beside(video, "1a2b3c4d") == Path("a/cat.v2.1a2b3c4d.steps.safetensors")
