@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -13,11 +14,13 @@ import torch
 from diffsynth.errors import ArgumentError
 from diffsynth.pipelines.components import PipelineComponents
 from diffsynth.pipelines.request import TEMPORAL_STRIDE, VideoRequest, usual_values
+from diffsynth.vram_management.layers import sizes_of as layer_sizes
 from diffsynth.vram_management.plan import (
     DiTSizes,
     LayerSpec,
     MemoryPlan,
     layers_of_module,
+    persistent_parameters,
     plan_memory,
 )
 from diffsynth.vram_management.residency import Residency
@@ -39,11 +42,14 @@ class MemoryLimits:
 
     def __post_init__(self) -> None:
         count = self.num_persistent_param_in_dit
-        if count is not None and (not isinstance(count, int) or count < 0):
+        is_whole = isinstance(count, Real) and not isinstance(count, bool) and count % 1 == 0  # 7e9 is
+        if count is not None and (not is_whole or count < 0):
             raise ArgumentError(
                 f"num_persistent_param_in_dit is {count!r}; give a number of parameters: 0 streams every "
                 "block, None leaves the choice to vram_limit."
             )
+        if count is not None:
+            object.__setattr__(self, "num_persistent_param_in_dit", int(count))
         for name, value in (("vram_limit", self.vram_limit), ("ram_limit", self.ram_limit)):
             if value == "auto" and name == "vram_limit":
                 continue
@@ -100,7 +106,7 @@ def plan_call(parts: PipelineComponents, limits: MemoryLimits, sizes: CallSizes)
 
     Raises:
         MemoryBudgetError: when it does not fit; says the minimum and what lowers it.
-        ArgumentError: when more parameters are to stay than there are.
+        ArgumentError: when parameters of a DiT are to stay and there is none.
     """
     config = None if parts.high is None else parts.high.dit.config
     return plan_memory(
@@ -149,6 +155,10 @@ class MemoryManager:
 
     def limit(self, limits: MemoryLimits) -> None:
         """Follow these limits from now on, in place of earlier ones; raises as `plan_call`."""
+        if limits.num_persistent_param_in_dit is not None:
+            sizes = layer_sizes(pipeline_layers(self._parts))
+            count = persistent_parameters(sizes, limits.num_persistent_param_in_dit)
+            limits = replace(limits, num_persistent_param_in_dit=count)  # so that no call says it again
         plan = None if limits.is_free else plan_call(self._parts, limits, usual_sizes(self._parts))
         self._limits = None if limits.is_free else limits
         if plan is not None:

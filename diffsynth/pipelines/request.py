@@ -21,10 +21,11 @@ from diffsynth.conditioning.image import size_nearest, size_within
 from diffsynth.conditioning.registry import CONDITIONERS
 from diffsynth.conditioning.text import TextInputs
 from diffsynth.denoising.loop import ProgressBar
-from diffsynth.errors import ArgumentError, UnknownArgumentError, UnusedInputError
+from diffsynth.errors import ArgumentError, UnknownArgumentError
 from diffsynth.models.wan.dit import StepCache
 from diffsynth.pipelines.components import PipelineComponents
 from diffsynth.pipelines.decoding import Tiling
+from diffsynth.pipelines.foreign_arguments import ADVERTISED, without_foreign
 from diffsynth.pipelines.presets import preset_values
 from diffsynth.pipelines.saved_latents import check_latents_path
 from diffsynth.pipelines.usual import usual_values_of
@@ -73,20 +74,6 @@ class CallOptions:
     progress_bar_st: object = None  # accepted because v1 had it
 
 
-# Arguments that v1 scripts carry and what would read them: their harmless values pass, others say what is
-# missing.
-UNREAD: dict[str, tuple[tuple[object, ...], str]] = {
-    "tea_cache_l1_thresh": (
-        (None,),
-        "a step cache by name, which this version lacks; step_cache= takes an object",
-    ),
-    "tea_cache_model_id": (
-        (None, ""),
-        "a step cache by name, which this version lacks; step_cache= takes an object",
-    ),
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class VideoRequest:
     """Everything a call asks for, with defaults filled in and sizes snapped."""
@@ -115,8 +102,8 @@ def known_arguments() -> Mapping[str, tuple[object, object]]:
         for f in fields(kind):
             known.setdefault(f.name, (f.type, None if f.default is MISSING else f.default))
     known["cfg_scale"] = ("float | None", None)
-    for name, (harmless, _) in UNREAD.items():
-        known[name] = ("object", harmless[-1])
+    for name, default in ADVERTISED.items():
+        known[name] = ("object", default)
     return MappingProxyType(known)
 
 
@@ -198,14 +185,9 @@ def usual_values(parts: PipelineComponents) -> dict[str, object]:
 def _known_only(arguments: Mapping[str, object]) -> dict[str, object]:
     known = known_arguments()
     given = {}
-    for name, value in arguments.items():
+    for name, value in without_foreign(arguments).items():
         if name not in known:
             raise UnknownArgumentError(name, known)
-        if name in UNREAD:
-            harmless, reader = UNREAD[name]
-            if not any(value is h or (isinstance(value, (int, float, str)) and value == h) for h in harmless):
-                raise UnusedInputError(f"{name} was given, but no loaded model reads it: it needs {reader}.")
-            continue
         given[name] = value
     return given
 

@@ -6,6 +6,7 @@ may have all the room. Nothing here imports torch and nothing is loaded: a heade
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from diffsynth.errors import ArgumentError
@@ -24,8 +25,10 @@ from diffsynth.vram_management.rates import DEFAULT_RATES, DiTSizes, Rates
 
 __all__ = [
     "DEFAULT_RATES", "DiTSizes", "LayerSpec", "MemoryPlan", "NetworkPlan", "PhasePlan", "Rates",
-    "layers_of_module", "layers_of_shapes", "plan_memory", "spread",
+    "layers_of_module", "layers_of_shapes", "persistent_parameters", "plan_memory", "spread",
 ]  # fmt: skip
+
+logger = logging.getLogger("diffsynth")
 
 
 def plan_memory(  # noqa: PLR0913
@@ -60,8 +63,8 @@ def plan_memory(  # noqa: PLR0913
         image_tokens: that cross-attention reads beside the text: 257 a picture.
         compute_dtype: of activations, "BF16", "F16" or "F32".
         device: "cuda", or "cpu", which plays a device of the same limit.
-        num_persistent_param_in_dit: about that many parameters of each DiT stay for its phase; 0 none; None
-            as many as fit.
+        num_persistent_param_in_dit: about that many parameters of each DiT stay for its phase; 0 none; more
+            than there are: all; None as many as fit.
         vram_limit_gib: of the device; None for no limit.
         ram_limit_gib: of the host; None for no limit.
         rates: of the machine.
@@ -71,17 +74,19 @@ def plan_memory(  # noqa: PLR0913
 
     Raises:
         MemoryBudgetError: when a limit is below what the leanest plan takes; says the minimum.
-        ArgumentError: for a value that cannot work, such as more resident parameters than exist.
+        ArgumentError: for a value that cannot work.
     """
     work = Workload(
         height=height, width=width, num_frames=num_frames, num_branches=num_branches, batch=batch,
         text_tokens=text_tokens, image_tokens=image_tokens, compute_dtype=compute_dtype, device=device,
     )  # fmt: skip
     sizes = sizes_of(layers)
-    _check(sizes, dit, num_persistent_param_in_dit)
+    if dit is None and any(name in sizes for name in DITS):
+        raise ArgumentError("layers hold a DiT, but dit= has no sizes; give DiTSizes.from_config(config).")
     request = PlanRequest(
         layers=tuple(layers), sizes=sizes, dit=dit, work=work, rates=rates, vram_limit_gib=vram_limit_gib,
-        ram_limit_gib=ram_limit_gib, num_persistent=num_persistent_param_in_dit,
+        ram_limit_gib=ram_limit_gib,
+        num_persistent=persistent_parameters(sizes, num_persistent_param_in_dit),
     )  # fmt: skip
     request.check_device()
     ringed: frozenset[str] = frozenset()
@@ -98,22 +103,31 @@ def plan_memory(  # noqa: PLR0913
             ringed |= {name.removesuffix(LOW_NOISE), name.removesuffix(LOW_NOISE) + LOW_NOISE}
 
 
-def _check(sizes: Mapping[str, NetworkSize], dit: DiTSizes | None, num_persistent: int | None) -> None:
+def persistent_parameters(sizes: Mapping[str, NetworkSize], wanted: int | None) -> int | None:
+    """Parameters of each DiT that stay on the device: what is wanted, but no more than there are.
+
+    A number above the model's size means all, as it did in DiffSynth v1, where scripts gave one number for
+    models of every size; the log says so.
+
+    Raises:
+        ArgumentError: for a number below 0, or without a DiT.
+    """
+    if wanted is None:
+        return None
     dits = [sizes[name] for name in DITS if name in sizes]
-    if dits and dit is None:
-        raise ArgumentError("layers hold a DiT, but dit= has no sizes; give DiTSizes.from_config(config).")
-    if num_persistent is None:
-        return
     if not dits:
+        raise ArgumentError(f"num_persistent_param_in_dit is {wanted}, but there is no DiT; leave it out.")
+    if wanted < 0:
         raise ArgumentError(
-            f"num_persistent_param_in_dit is {num_persistent}, but there is no DiT; leave it out."
+            f"num_persistent_param_in_dit is {wanted}; give a number of parameters: 0 (none stays) or more, "
+            "or None for as many as fit."
         )
     most = min(size.num_parameters for size in dits)
-    if not 0 <= num_persistent <= most:
-        raise ArgumentError(
-            f"num_persistent_param_in_dit is {num_persistent}; the DiT has {most} parameters. Give 0 (none "
-            f"stays) to {most} (all), or None for as many as fit."
+    if wanted > most:
+        logger.warning(
+            "num_persistent_param_in_dit is %d and the DiT has %d parameters: all stay.", wanted, most
         )
+    return min(wanted, most)
 
 
 def _next_for_ring(plan: MemoryPlan, ringed: frozenset[str]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from diffsynth.errors import (
     UnknownArgumentError,
     UnusedInputError,
 )
-from diffsynth.pipelines.request import UNREAD
+from diffsynth.pipelines.foreign_arguments import UNREAD
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from tests.unit.pipelines.counting import calls_of
 
@@ -89,11 +90,44 @@ def test_wrong_calls_are_told_before_anything_runs(
     assert type(caught.value) is kind and calls == []
 
 
-def test_the_harmless_values_of_v1_pass(toy_pipe: WanVideoPipeline) -> None:
-    harmless = {name: values[-1] for name, (values, _) in UNREAD.items()}
-    assert harmless["tea_cache_model_id"] == ""
-    harmless |= {"vace_video": None, "vace_scale": 1.0}
-    assert len(toy_pipe("x", seed=0, progress_bar_st=None, **harmless)) == 5
+def test_values_that_ask_for_nothing_pass_in_silence(
+    toy_pipe: WanVideoPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = toy_pipe("x", seed=0)
+    for choice in (0, -1):
+        harmless = {name: unread.harmless[choice] for name, unread in UNREAD.items()}
+        harmless |= {"vace_video": None, "vace_scale": 1.0, "cfg_merge": False, "output_type": "quantized"}
+        assert toy_pipe("x", seed=0, progress_bar_st=None, **harmless) == plain
+    lone = {"tea_cache_model_id": "Wan2.1-T2V-1.3B", "tea_cache_l1_thresh": 0.0, "audio_sample_rate": 16000}
+    assert toy_pipe("x", seed=0, **lone) == plain
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"tea_cache_l1_thresh": 0.05, "tea_cache_model_id": "Wan2.1-T2V-1.3B"}, "l1_thresh .* step cache"),
+        ({"sliding_window_size": 9, "sliding_window_stride": 5}, "sliding windows"),
+        ({"input_audio": np.zeros(16000), "audio_sample_rate": 16000}, "input_audio .* Wan2.2-S2V-14B"),
+        ({"motion_video": VIDEO}, "motion_video .* Wan2.2-S2V-14B"),
+        ({"animate_pose_video": VIDEO}, "animate_pose_video .* Wan2.2-Animate-14B"),
+        ({"vap_video": VIDEO}, "vap_video .* Video-As-Prompt"),
+        ({"longcat_video": VIDEO}, "longcat_video .* LongCat-Video"),
+        ({"framewise_decoding": True}, "Wan-Dancer"),
+    ],
+    ids=_id,
+)
+def test_what_is_not_built_stops_with_its_name(
+    toy_pipe: WanVideoPipeline, arguments: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UnusedInputError, match=words):
+        toy_pipe("x", **arguments)
+
+
+def test_cfg_merge_changes_nothing(toy_pipe: WanVideoPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "diffsynth")
+    assert toy_pipe("x", seed=0, cfg_merge=True) == toy_pipe("x", seed=0)
+    assert any("cfg_merge" in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize(

@@ -166,8 +166,11 @@ def test_a_call_that_does_not_fit_is_refused_and_the_next_one_works(pipe: WanVid
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_persistent_param_in_dit": 10**15}, "parameters"),
         ({"num_persistent_param_in_dit": -1}, "num_persistent_param_in_dit is -1"),
+        ({"num_persistent_param_in_dit": 1.5}, "num_persistent_param_in_dit is 1.5"),
+        ({"num_persistent_param_in_dit": True}, "num_persistent_param_in_dit is True"),
+        ({"num_persistent_param_in_dit": "7e9"}, "num_persistent_param_in_dit is '7e9'"),
+        ({"num_persistent_param_in_dit": float("inf")}, "num_persistent_param_in_dit is inf"),
         ({"vram_limit": 0}, "vram_limit is 0"),
         ({"vram_limit": "12G"}, "vram_limit is '12G'"),
         ({"vram_limit": "auto"}, "device is cpu"),
@@ -178,6 +181,17 @@ def test_limits_that_cannot_work(pipe: WanVideoPipeline, arguments: dict[str, ob
     with pytest.raises(ArgumentError, match=message):
         pipe.enable_vram_management(**arguments)  # type: ignore[arg-type]
     latents(pipe)
+
+
+def test_more_parameters_than_the_dit_has_stay_all_and_one_line_says_so(
+    pipe: WanVideoPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = latents(pipe)
+    pipe.enable_vram_management(num_persistent_param_in_dit=7e9)  # type: ignore[arg-type]
+    assert torch.equal(latents(pipe), expected) and torch.equal(latents(pipe), expected)
+    assert pipe.memory_plan is not None and pipe.memory_plan.networks["dit"].where != "streamed"
+    told = [line for line in caplog.messages if "num_persistent_param_in_dit" in line]
+    assert len(told) == 1 and "is 7000000000 and the DiT has" in told[0]
 
 
 def test_enabled_twice_the_new_limit_holds(pipe: WanVideoPipeline) -> None:

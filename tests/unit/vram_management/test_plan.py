@@ -207,7 +207,6 @@ def test_a_limit_and_a_number_of_parameters_must_both_hold() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"num_persistent_param_in_dit": 10**11}, "has 14288491584 parameters"),
         ({"num_persistent_param_in_dit": -1}, "is -1"),
         ({"height": 0}, "height is 0"),
         ({"batch": 0}, "batch is 0"),
@@ -221,6 +220,12 @@ def test_a_limit_and_a_number_of_parameters_must_both_hold() -> None:
 def test_values_that_cannot_work_are_named(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         plan(dit_14b(), **wrong)
+
+
+def test_more_parameters_than_there_are_means_all(caplog: pytest.LogCaptureFixture) -> None:
+    found = plan(dit_14b(), num_persistent_param_in_dit=70_000_000_000)
+    assert found == plan(dit_14b(), num_persistent_param_in_dit=14_288_491_584)
+    assert len(caplog.messages) == 1 and "14288491584 parameters: all stay" in caplog.messages[0]
 
 
 def test_a_number_of_parameters_without_a_dit_is_an_error() -> None:
