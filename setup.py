@@ -19,14 +19,13 @@ def read_version() -> str:
 
 TRAIN = ["lightning>=2.4", "pyyaml>=6"]
 DEEPSPEED = [*TRAIN, "deepspeed>=0.15"]
-UI = ["gradio>=5"]
 CONTROL = ["opencv-python>=4.8", "transformers>=4.46", "rtmlib>=0.0.13", "onnxruntime>=1.17"]
 PEERS = ["peft>=0.14", "diffusers>=0.35", "transformers>=4.46"]  # what our numbers are compared with
 TEST = [*TRAIN, *PEERS, "pytest>=8", "opencv-python-headless>=4.8"]
 DEV = [*TEST, "ruff>=0.9", "mypy>=1.14", "codespell>=2.3", "pre-commit>=4", "types-tqdm"]
 
 setup(
-    name="diffsynth",
+    name="diffsynth-wan",  # diffsynth is another project on the public index; imports still say diffsynth
     version=read_version(),
     description="Wan video diffusion models: generate and train, on one GPU or many",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,7 +53,6 @@ setup(
     extras_require={
         "train": TRAIN,
         "deepspeed": DEEPSPEED,
-        "ui": UI,
         "control": CONTROL,
         "test": TEST,
         "dev": DEV,

@@ -6,8 +6,10 @@ those about files from `OSError` or `FileNotFoundError`, so that ordinary ``exce
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 
 def _some(names: Sequence[str]) -> str:
@@ -162,6 +164,19 @@ class MemoryBudgetError(DiffSynthError, ValueError):
 
 class LoRAError(CheckpointError, ValueError):
     """A LoRA that cannot be read, written, or used with the loaded networks; the message says why."""
+
+
+def install_extra(extra: str, package_folder: Path = Path(__file__).parent) -> str:
+    """The command that installs an optional part of this project, and not of another with its name.
+
+    Args:
+        extra: a key of setup.py's ``extras_require``.
+        package_folder: where this package lies; beside it is setup.py, unless it was installed as a copy.
+    """
+    checkout = package_folder.resolve().parent
+    if (checkout / "setup.py").is_file():
+        return f"pip install -e {shlex.quote(f'{checkout}[{extra}]')}"
+    return f"pip install '.[{extra}]' in the folder of the source that this was installed from"
 
 
 class MissingPackageError(DiffSynthError, ImportError):

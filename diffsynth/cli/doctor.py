@@ -15,6 +15,9 @@ from pathlib import Path
 
 import typer
 
+from diffsynth import __version__
+from diffsynth.errors import install_extra
+
 _GIB = 2**30
 _LOW_RAM_GIB = 16.0  # below it a 14B model in fp8 has no room to rest
 _LOW_DISK_GIB = 30.0  # one 14B model in bf16 is 28 GiB
@@ -47,10 +50,11 @@ _LIBRARIES = (
     ("ftfy", "ftfy", "cleans prompts as official Wan does", "pip install ftfy"),
     ("huggingface_hub", "huggingface_hub", "downloads models", "pip install huggingface_hub"),
     ("modelscope", "modelscope", "downloads models", "pip install modelscope"),
-    ("lightning", "lightning", "trains", "pip install 'diffsynth[train]'"),
-    ("peft", "peft", "trains LoRA", "pip install 'diffsynth[train]'"),
-    ("gradio", "gradio", "shows the web page", "pip install 'diffsynth[ui]'"),
+    ("lightning", "lightning", "trains", install_extra("train")),
+    ("yaml", "pyyaml", "reads the settings of a training", install_extra("train")),
+    ("cv2", "opencv-python", "draws lines and motion for `diffsynth preprocess`", install_extra("control")),
 )
+DISTRIBUTION, OTHER_PROJECT = "diffsynth-wan", "diffsynth"
 
 
 def run_doctor(as_json: bool) -> None:
@@ -124,6 +128,26 @@ def _memory_gib() -> tuple[float | None, float | None]:
         limit_gib = int(limit.read_text()) / _GIB
         total, free = min(total, limit_gib), min(free, limit_gib - int(used.read_text()) / _GIB)
     return total, free
+
+
+def _installation() -> Iterator[Finding]:
+    """This package, and others that write into the same folder ``diffsynth``."""
+    package = Path(__file__).resolve().parents[1]
+    yield Finding(topic="This package", name=DISTRIBUTION, found=f"{__version__} in {package}")
+    for distribution in importlib.metadata.distributions(name=OTHER_PROJECT):
+        place = Path(str(distribution.locate_file(""))).resolve()
+        if place == package.parent and (place / "setup.py").is_file():
+            continue  # diffsynth.egg-info of a checkout, from before this distribution had its name
+        summary = distribution.metadata.get("Summary") or "no summary"
+        yield Finding(
+            topic="This package",
+            name=f"another {OTHER_PROJECT}",
+            found=f"{distribution.version} in {place}: {summary[:80]}",
+            remedy=f"it is another project, or an older install of this one, and both use the folder "
+            f"{OTHER_PROJECT}: pip uninstall {OTHER_PROJECT}, then install this one again, or use a virtual "
+            "environment for each",
+            is_optional=True,
+        )
 
 
 def _torch() -> Iterator[Finding]:
@@ -235,12 +259,13 @@ def _codecs() -> Iterator[Finding]:
 
 def _libraries() -> Iterator[Finding]:
     for module, name, purpose, command in _LIBRARIES:
-        is_optional = "[" in command or purpose.startswith("downloads")
+        is_optional = "[" in command or "downloads" in purpose
         yield _library("Libraries", module, name, purpose, command, is_optional=is_optional)
 
 
 _EXAMINATIONS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _machine,
+    _installation,
     _torch,
     _attention,
     _codecs,

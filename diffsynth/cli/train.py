@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from diffsynth.cli.output import log_to_stderr
-from diffsynth.errors import MissingPackageError
+from diffsynth.errors import MissingPackageError, install_extra
 
 if TYPE_CHECKING:
     from diffsynth.training.config import TrainConfig
@@ -94,6 +94,4 @@ def _needing_lightning() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name not in ("lightning", "yaml"):
             raise
-        raise MissingPackageError(
-            str(error.name), "diffsynth train", "pip install 'diffsynth[train]'"
-        ) from error
+        raise MissingPackageError(str(error.name), "diffsynth train", install_extra("train")) from error

@@ -17,7 +17,13 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from diffsynth.errors import ArgumentError, MediaNotFoundError, MissingPackageError, UnknownArgumentError
+from diffsynth.errors import (
+    ArgumentError,
+    MediaNotFoundError,
+    MissingPackageError,
+    UnknownArgumentError,
+    install_extra,
+)
 
 if TYPE_CHECKING:
     from diffsynth.training.config import TrainConfig
@@ -207,7 +213,7 @@ def run(arguments: Sequence[str]) -> RunReport | None:
     except ModuleNotFoundError as error:
         if error.name not in ("lightning", "yaml"):
             raise
-        raise MissingPackageError(str(error.name), "training", "pip install lightning pyyaml") from error
+        raise MissingPackageError(str(error.name), "training", install_extra("train")) from error
     if "swanlab_mode" in given:
         os.environ["SWANLAB_MODE"] = given["swanlab_mode"]
     if config.run.task == DATA_PROCESS:

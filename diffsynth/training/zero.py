@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 
-from diffsynth.errors import ArgumentError, MissingPackageError
+from diffsynth.errors import ArgumentError, MissingPackageError, install_extra
 from diffsynth.training.config import ZERO_STAGES, TrainConfig
 
 BUCKET_SIZE = 200_000_000  # numbers that travel at once; DeepSpeed's usual 5e8 takes 2 GB beside the model
@@ -54,9 +54,8 @@ def deepspeed_strategy(config: TrainConfig) -> DeepSpeedStrategy:
         MissingPackageError: when DeepSpeed is not installed.
     """
     if find_spec("deepspeed") is None:
-        raise MissingPackageError(
-            "deepspeed", f"run.strategy {config.run.strategy}", "pip install 'diffsynth[deepspeed]'"
-        )
+        strategy = f"run.strategy {config.run.strategy}"
+        raise MissingPackageError("deepspeed", strategy, install_extra("deepspeed"))
     return DeepSpeedStrategy(
         config=deepspeed_config(config), timeout=timedelta(seconds=config.run.timeout_s),
         precision_plugin=_AsItComes("32-true"),

@@ -1,8 +1,8 @@
 """Control videos out of ordinary ones: grey, lines, motion, depth, poses.
 
 Frames come in and go out one by one, uint8 (H, W, 3), so that a video of any length takes the memory of a few
-frames. OpenCV, transformers and rtmlib are imported when a task first needs them; ``pip install
-'diffsynth[control]'`` brings all three.
+frames. OpenCV, transformers and rtmlib are imported when a task first needs them; the extra ``control`` of
+setup.py brings all three.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffsynth.errors import ArgumentError, MissingPackageError
+from diffsynth.errors import ArgumentError, MissingPackageError, install_extra
 from diffsynth.video.flow_colours import flow_colours
 from diffsynth.video.pixels import Frames, as_rgb8, iterate_frames
 
@@ -30,7 +30,6 @@ Task: TypeAlias = Callable[[Iterator[Pixels]], Iterator[Pixels]]
 CANNY_THRESHOLDS = (100, 200)  # of gradients in 8 bits; those of VideoX-Fun's control videos
 SCRIBBLE_THRESHOLDS = (40, 120)  # after a blur, which leaves the outlines
 SCRIBBLE_SIGMA = 2.0  # pixels
-EXTRA = "pip install 'diffsynth[control]'"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +73,7 @@ def _package(module: str, task: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise MissingPackageError(module, f"task {task!r}", EXTRA) from error
+        raise MissingPackageError(module, f"task {task!r}", install_extra("control")) from error
 
 
 def _grey(options: Options) -> Task:
