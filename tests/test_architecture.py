@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # lowest first; a file may import from its own floor and those below it
 FLOORS = (
-    "errors video ops tiny",
+    "announce errors video ops tiny",
     "checkpoints sampling vram_management conditioning",
     "lora",
     "models",
@@ -30,6 +30,7 @@ FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names.spl
 # importing these costs no torch, nor does anything that they import
 LIGHT = (
     "__init__.py",
+    "announce.py",
     "errors.py",
     "checkpoints",
     "models/registry.py",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isqrt
+from math import isfinite, isqrt
 
 from diffsynth.checkpoints.hints import Hints, Shapes, count_of, size_of
 from diffsynth.errors import ConfigurationError
@@ -79,15 +79,42 @@ def _vae_config(shapes: Shapes, hints: Hints, stages: list[list[str]], version: 
         "attn_scales": tuple(attention),
     }
     told = hints.told("vae", sizes, VAE_SPELLINGS)
-    for ours, theirs in (("latents_mean", "mean"), ("latents_std", "std")):
-        value = told.get(ours, told.get(theirs))
-        if (
-            isinstance(value, tuple)
-            and len(value) == z_dim
-            and all(isinstance(x, (int, float)) for x in value)
-        ):
-            sizes[ours] = tuple(float(x) for x in value if isinstance(x, (int, float)))
-    return {**sizes, "version": version}
+    return {**sizes, **_statistics(told, z_dim, hints), "version": version}
+
+
+def _statistics(told: Config, z_dim: int, hints: Hints) -> Config:
+    """Mean and deviation of the latents where a document tells both; else the released VAE's are used.
+
+    Raises:
+        ConfigurationError: for statistics that cannot be: latents would be NaN, or of another scale.
+    """
+    found: Config = {}
+    for name, short in (("latents_mean", "mean"), ("latents_std", "std")):
+        row = told.get(name, told.get(short))
+        if row is None:
+            continue
+        numbers = row if isinstance(row, tuple) else ()
+        is_right = len(numbers) == z_dim and all(map(_is_number, numbers))
+        if not is_right or (short == "std" and min(numbers) <= 0):
+            raise ConfigurationError(
+                f"{name} is {row!r}; it has {z_dim} numbers, one for each latent channel"
+                f"{', all above 0' if short == 'std' else ''}. Correct it in the config.json beside the file, or "
+                "take it out: the released VAE's are used then."
+            )
+        found[name] = tuple(float(x) for x in numbers)
+    if len(found) == 1:
+        (name,) = found
+        hints.assume(f"{name} was left aside: latents_mean and latents_std are read together.")
+        return {}
+    if found:
+        hints.assume(
+            "latents are normalised with the latents_mean and latents_std of the file's configuration."
+        )
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
 def text_encoder_config(shapes: Shapes, hints: Hints) -> Config:

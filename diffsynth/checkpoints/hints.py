@@ -10,6 +10,7 @@ wrong.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from diffsynth.checkpoints.files import SHARD
 from diffsynth.errors import ConfigurationError
 
 MAX_JSON_BYTES = 4 << 20
+TRANSFORMER_FOLDERS = ("transformer", "transformer_2")  # of diffusers' repositories
 Shapes = Mapping[str, tuple[int, ...]]
 Role = Literal["high", "low"]
 
@@ -63,6 +65,7 @@ class Document:
     source: str  # for messages: "metadata", "config.json"
     content: Mapping[str, object]
     is_readable: bool = True
+    note: str = ""  # what it changes, for the log
 
 
 @dataclass
@@ -105,7 +108,9 @@ class Hints:
         for document in self.documents:
             if not document.is_readable:
                 self.assume(f"{document.source} was left aside: it is no JSON object.")
-            self._note_generation(document.content)
+            is_news = self._note_generation(document.content)
+            if document.note and (is_news or not document.content):
+                self.assume(document.note)
             for part in _parts(document.content, component):
                 said = {
                     spellings.get(key, key): _plain(value) for key, value in part.items() if value is not None
@@ -124,12 +129,16 @@ class Hints:
                 answer = {**said, **answer}
         return answer
 
-    def _note_generation(self, content: Mapping[str, object]) -> None:
+    def _note_generation(self, content: Mapping[str, object]) -> bool:
+        """Take up defaults that nothing more specific has told; whether there were such."""
         defaults = content.get("generation")
         if isinstance(defaults, str):
             defaults = _parse(defaults)
-        if isinstance(defaults, Mapping):
-            self.generation = {**defaults, **self.generation}
+        if not isinstance(defaults, Mapping):
+            return False
+        is_news = not set(defaults) <= set(self.generation)
+        self.generation = {**defaults, **self.generation}
+        return is_news
 
 
 def _plain(value: object) -> object:
@@ -174,7 +183,33 @@ def read_documents(paths: tuple[Path, ...], metadata: Mapping[str, str]) -> tupl
     boundary = _pipeline_index(paths).get("boundary_ratio")
     if isinstance(boundary, float):
         documents.append(Document("model_index.json", {"generation": {"boundary": boundary}}))
+    documents += _scheduler(paths)
     return tuple(documents)
+
+
+def _scheduler(paths: tuple[Path, ...]) -> list[Document]:
+    """What a diffusers repository says of noise levels, for the transformer that lies in it.
+
+    ``flow_shift`` of UniPC and DPM++, ``shift`` of Euler: one number of the same meaning. With dynamic shifting
+    it follows the size of each video, and the number beside it is not read in diffusers either.
+    """
+    if not paths or paths[0].parent.name not in TRANSFORMER_FOLDERS:
+        return []
+    file = paths[0].parent.parent / "scheduler" / "scheduler_config.json"
+    if not file.is_file() or file.stat().st_size > MAX_JSON_BYTES:
+        return []
+    name, content = f"scheduler/{file.name}", _parse(file.read_text("utf-8", errors="replace"))
+    if content is None:
+        return [Document(name, {}, is_readable=False)]
+    key = "flow_shift" if content.get("flow_shift") is not None else "shift"
+    shift = content.get(key)
+    if shift is None or content.get("use_dynamic_shifting"):
+        return []
+    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
+        note = f"{key} of {name} was left aside: it is {shift!r}, and a shift is a number above 0."
+        return [Document(name, {}, note=note)]
+    note = f"sigma_shift is {shift:g} where a call gives none: {key} of {name}."
+    return [Document(name, {"generation": {"sigma_shift": float(shift)}}, note=note)]
 
 
 def role_of(paths: tuple[Path, ...], metadata: Mapping[str, str]) -> Role | None:
@@ -184,7 +219,7 @@ def role_of(paths: tuple[Path, ...], metadata: Mapping[str, str]) -> Role | None
         if (mark := role_mark(text)) is not None:
             return "high" if mark["role"].lower() == "high" else "low"
     folder = paths[0].parent if paths else Path()
-    if folder.name not in ("transformer", "transformer_2"):
+    if folder.name not in TRANSFORMER_FOLDERS:
         return None
     # The index names what belongs to the model; [null, null] there says that it has one DiT.
     second = _pipeline_index(paths).get("transformer_2")
@@ -202,7 +237,7 @@ def role_mark(text: str) -> re.Match[str] | None:
 
 def _pipeline_index(paths: tuple[Path, ...]) -> Mapping[str, object]:
     """Diffusers' model_index.json of the repository whose transformer this is; empty without one."""
-    if not paths or paths[0].parent.name not in ("transformer", "transformer_2"):
+    if not paths or paths[0].parent.name not in TRANSFORMER_FOLDERS:
         return {}
     index = paths[0].parent.parent / "model_index.json"
     if not index.is_file() or index.stat().st_size > MAX_JSON_BYTES:

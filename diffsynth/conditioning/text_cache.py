@@ -108,11 +108,14 @@ class TextCache:
 
 
 def fingerprint(encoder: object) -> bytes:
-    """What tells one text encoder from another: its class; name, shape, dtype, some bytes of each weight."""
+    """What tells one network from another: its class; name, shape, dtype, some bytes of each weight.
+
+    A network may have more that decides its results, in ``identity_beside_weights``.
+    """
     import torch
     from torch import nn
 
-    told = sha256(type(encoder).__qualname__.encode())
+    told = sha256(type(encoder).__qualname__.encode() + getattr(encoder, "identity_beside_weights", b""))
     if isinstance(encoder, nn.Module):
         for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers()):
             told.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())

@@ -16,6 +16,7 @@ from weakref import WeakMethod
 
 import torch
 
+from diffsynth.announce import announce
 from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.detect import detect
 from diffsynth.checkpoints.files import PathLike
@@ -152,7 +153,7 @@ class LoRAs:
         if expert is None and not is_pair:
             tell_of_twins(paths, self._held)
         for report in (report for held in planned for report in held.reports):
-            logger.log(logging.WARNING if report.missing else logging.INFO, "%s", report)
+            (logger.warning if report.missing else announce)("%s", report)
         return [report for held in planned for report in held.reports]
 
     def set(self, name: str, weight: Weight | Mapping[Role, Weight]) -> None:

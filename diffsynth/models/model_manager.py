@@ -14,6 +14,7 @@ from typing import Literal, overload
 import torch
 from torch import nn
 
+from diffsynth.announce import announce
 from diffsynth.checkpoints.architecture import Match
 from diffsynth.checkpoints.build import build, load_class
 from diffsynth.checkpoints.checkpoint import Checkpoint
@@ -254,11 +255,10 @@ class ModelManager:
 
     def _add(self, match: Match, model: nn.Module, dtype: torch.dtype | None) -> None:
         tensors = [*model.parameters(), *model.buffers()]
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**30
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         dtypes = sorted({dtype_name(t.dtype) for t in model.parameters() if t.is_floating_point()})
-        logger.info(
-            "Loaded %s: %s, %.2f GiB, from %s", match.needs, "/".join(dtypes), size, match.checkpoint.source
-        )
+        amount = f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
+        announce("Loaded %s: %s, %s, from %s", match.needs, "/".join(dtypes), amount, match.checkpoint.source)
         if dtype == FP8:
             summary = fp8_summary(model) or "no layers that keep well in fp8; its weights are bfloat16"
             logger.info("%s: %s", match.name, summary)

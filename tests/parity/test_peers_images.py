@@ -115,6 +115,41 @@ def test_image_to_video_equals_diffusers(kind: str, tmp_path: Path) -> None:
     assert_near(latents, expected)
 
 
+def test_a_repository_with_its_own_settings_equals_diffusers(tmp_path: Path) -> None:
+    """Statistics of the VAE and the scheduler's shift come from the repository's files, not from a call."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline
+
+    row = [i / 10 for i in range(1, 17)]
+    vae = AutoencoderKLWan(base_dim=8, num_res_blocks=1, latents_mean=row, latents_std=row[::-1])
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=7.0
+    )
+    parts = {"transformer": peer_parts(36)["transformer"], "vae": drawn(vae, 2), "scheduler": scheduler}
+    noise, (first,) = recipe_input("noise", LATENT_SIZE), pictures(1)
+    peer = WanImageToVideoPipeline(tokenizer=None, text_encoder=None, image_encoder=None, **parts)
+    peer.set_progress_bar_config(disable=True)
+    size = {"height": SIZE, "width": SIZE, "num_frames": NUM_FRAMES}
+    expected = peer(
+        image=first, num_inference_steps=NUM_STEPS, guidance_scale=GUIDANCE, latents=noise, output_type="pt",
+        **size, **texts(),
+    ).frames  # fmt: skip
+    for name in ("vae", "transformer", "scheduler"):
+        parts[name].save_pretrained(tmp_path / name)
+    pipe = WanVideoPipeline.from_pretrained(tmp_path, torch_dtype=torch.float32, device="cpu")
+    call: dict[str, Any] = {"input_image": first, "sampler": "unipc", "latents": noise, **size, **texts()}
+    steps: list[float] = []
+
+    def note(pipe: object, step: int, timestep: Tensor, tensors: object) -> None:
+        steps.append(float(timestep))
+
+    pipe(**call, num_inference_steps=NUM_STEPS, output_type="latent", callback_on_step_end=note)
+    # diffusers' own grid begins and ends 0.001 higher before the shift
+    assert torch.allclose(torch.tensor(steps) / 1000, scheduler.timesteps / 1000, atol=0.01)
+    ours = pipe(**call, cfg_scale=GUIDANCE, output_type="pt", **grid(scheduler, NUM_STEPS))
+    assert isinstance(ours, Tensor)
+    assert_near(ours, expected)
+
+
 def test_video_to_video_equals_diffusers(tmp_path: Path) -> None:
     from diffusers import WanVideoToVideoPipeline
 

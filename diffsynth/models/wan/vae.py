@@ -24,13 +24,15 @@ SPATIAL_STRIDE = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VAEConfig:
-    """Sizes of a Wan2.1 VAE, all told by the file's shapes."""
+    """Sizes of a Wan2.1 VAE, told by the file's shapes, and the statistics of its latents."""
 
     dim: int = 96  # channels at full resolution
     z_dim: int = 16  # latent channels
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)  # channels of each level, as multiples of dim
     num_res_blocks: int = 2  # per level in the encoder; the decoder has one more
     temporal_downsample: tuple[bool, ...] = (False, True, True)  # which of the three halvings also halve time
+    latents_mean: tuple[float, ...] = LATENT_MEAN  # by channel; diffusers' config.json may tell others
+    latents_std: tuple[float, ...] = LATENT_STD
 
 
 def encoder_stages(config: VAEConfig) -> list[nn.Module]:
@@ -61,7 +63,7 @@ def decoder_stages(config: VAEConfig) -> list[nn.Module]:
 class WanVideoVAE(CausalVAE):
     """Encoder and decoder with the latent's normalisation; see `CausalVAE`."""
 
-    latent_mean, latent_std = LATENT_MEAN, LATENT_STD
+    released_statistics = (LATENT_MEAN, LATENT_STD)
     spatial_stride = SPATIAL_STRIDE
 
     def __init__(self, config: VAEConfig | None = None) -> None:
@@ -71,6 +73,8 @@ class WanVideoVAE(CausalVAE):
             Encoder(3, encoder_stages(config), (config.dim, deepest), config.z_dim),
             Decoder(config.z_dim, decoder_stages(config), (deepest, first), 3),
             config.z_dim,
+            config.latents_mean,
+            config.latents_std,
         )
         self.config = config
 

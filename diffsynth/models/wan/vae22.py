@@ -40,7 +40,7 @@ SPATIAL_STRIDE = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VAE22Config:
-    """Sizes of a Wan2.2 VAE, all told by the file's shapes."""
+    """Sizes of a Wan2.2 VAE, told by the file's shapes, and the statistics of its latents."""
 
     dim: int = 160  # channels of the encoder at full resolution
     dec_dim: int = 256  # channels of the decoder at full resolution
@@ -48,6 +48,8 @@ class VAE22Config:
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)  # channels of each level, as multiples of dim or dec_dim
     num_res_blocks: int = 2  # per stage in the encoder; the decoder has one more
     temporal_downsample: tuple[bool, ...] = (False, True, True)  # which of the three halvings also halve time
+    latents_mean: tuple[float, ...] = LATENT_MEAN  # by channel; diffusers' config.json may tell others
+    latents_std: tuple[float, ...] = LATENT_STD
 
 
 class DownStage(nn.Module):
@@ -211,7 +213,7 @@ def decoder_stages(config: VAE22Config) -> list[nn.Module]:
 class WanVideoVAE22(CausalVAE):
     """Encoder and decoder with the latent's normalisation; see `CausalVAE`."""
 
-    latent_mean, latent_std = LATENT_MEAN, LATENT_STD
+    released_statistics = (LATENT_MEAN, LATENT_STD)
     spatial_stride = SPATIAL_STRIDE
 
     def __init__(self, config: VAE22Config | None = None) -> None:
@@ -226,6 +228,8 @@ class WanVideoVAE22(CausalVAE):
                 PATCH_CHANNELS,
             ),
             config.z_dim,
+            config.latents_mean,
+            config.latents_std,
         )  # fmt: skip
         self.config = config
 

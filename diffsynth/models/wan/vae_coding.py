@@ -116,24 +116,42 @@ def known_sizes(kind: type, config: Mapping[str, object]) -> dict[str, object]:
 
 
 class CausalVAE(nn.Module):
-    """Encoder and decoder with the latent's normalisation; a VAE of its own says what they are made of."""
+    """Encoder and decoder with the latent's normalisation; a VAE of its own says what they are made of.
 
-    latent_mean: ClassVar[tuple[float, ...]]  # statistics of the released VAE's latents, channel by channel
-    latent_std: ClassVar[tuple[float, ...]]
+    Args:
+        encoder: of videos.
+        decoder: of latents.
+        z_dim: latent channels.
+        mean: of the latents, channel by channel.
+        std: the same.
+    """
+
+    released_statistics: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]]  # mean and std
     temporal_stride: int = TEMPORAL_STRIDE
     spatial_stride: int  # pixels along an edge of a latent position
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, z_dim: int) -> None:
+    def __init__(
+        self, encoder: nn.Module, decoder: nn.Module, z_dim: int, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
         super().__init__()
-        if z_dim != len(self.latent_mean):
+        if not z_dim == len(mean) == len(std):
             raise ArgumentError(
-                f"z_dim is {z_dim}; {type(self).__name__} has {len(self.latent_mean)} latent channels."
+                f"z_dim is {z_dim}, and the latents of {type(self).__name__} are normalised with {len(mean)} "
+                f"means and {len(std)} deviations; give latents_mean and latents_std of {z_dim} numbers in the "
+                "config.json beside the file."
             )
+        self.latent_mean, self.latent_std = tuple(mean), tuple(std)
         self.z_dim = z_dim
         self.encoder = encoder
         self.conv1 = CausalConv3d(z_dim * 2, z_dim * 2, 1)
         self.conv2 = CausalConv3d(z_dim, z_dim, 1)
         self.decoder = decoder
+
+    @property
+    def identity_beside_weights(self) -> bytes:
+        """What changes latents and stands in no tensor: statistics other than the released ones."""
+        statistics = (self.latent_mean, self.latent_std)
+        return b"" if statistics == self.released_statistics else repr(statistics).encode()
 
     def encode(
         self,

@@ -184,7 +184,7 @@ def test_one_line_tells_what_was_loaded(folder: Path, caplog: pytest.LogCaptureF
     assert (
         "t2v" in dit
         and "bfloat16" in dit
-        and "GiB" in dit
+        and "MiB" in dit
         and "00001-of-00003.safetensors (+2 shards)" in dit
     )
 
