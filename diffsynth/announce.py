@@ -1,7 +1,7 @@
 """Lines that a user must see even in a script that sets up no logging: what a load found and what fitted.
 
-They go to the logger "diffsynth" like any other. Where nobody listens to it, Python would drop them (without a
-handler only warnings are shown), so they are written to stderr instead, unless ``DIFFSYNTH_QUIET=1``.
+They go to the logger "diffsynth" like any other. Where nobody listens to it, Python would drop them (without
+a handler only warnings are shown), so they are written to stderr instead, unless ``DIFFSYNTH_QUIET=1``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ QUIET = "DIFFSYNTH_QUIET"  # environment variable; "", "0" and an absent one mea
 def announce(message: str, *values: object) -> None:
     """Log a line at INFO; without any handler write it to stderr.
 
-    A program that has set up logging, before or after the import, decides alone what is shown: it gets no line
-    twice. The same holds for one that has set a level for this logger, or has switched logging off.
+    A program that has set up logging, before or after the import, decides alone what is shown: it gets no
+    line twice. The same holds for one that has set a level for this logger, or has switched logging off.
 
     Args:
         message: with %-places for ``values``, as in `logging.Logger.info`.
