@@ -28,7 +28,6 @@ def announce(message: str, *values: object) -> None:
     logger.info(message, *values)
     is_silenced = logger.disabled or logger.level > logging.INFO or logger.manager.disable >= logging.INFO
     is_quiet = is_silenced or os.environ.get(QUIET, "0") not in ("", "0")
-    if (
-        not logger.hasHandlers() and not is_quiet and sys.stderr is not None
-    ):  # None: a program without a console
+    has_console = sys.stderr is not None  # a program of windows alone has none
+    if has_console and not is_quiet and not logger.hasHandlers():
         sys.stderr.write(f"{message % values}\n")

@@ -98,8 +98,8 @@ def _statistics(told: Config, z_dim: int, hints: Hints) -> Config:
         if not is_right or (short == "std" and min(numbers) <= 0):
             raise ConfigurationError(
                 f"{name} is {row!r}; it has {z_dim} numbers, one for each latent channel"
-                f"{', all above 0' if short == 'std' else ''}. Correct it in the config.json beside the file, or "
-                "take it out: the released VAE's are used then."
+                f"{', all above 0' if short == 'std' else ''}. Correct it in the config.json beside the "
+                "file, or take it out: the released VAE's are used then."
             )
         found[name] = tuple(float(x) for x in numbers)
     if len(found) == 1:
@@ -107,9 +107,7 @@ def _statistics(told: Config, z_dim: int, hints: Hints) -> Config:
         hints.assume(f"{name} was left aside: latents_mean and latents_std are read together.")
         return {}
     if found:
-        hints.assume(
-            "latents are normalised with the latents_mean and latents_std of the file's configuration."
-        )
+        hints.assume("latents are normalised with the latents_mean and latents_std that a config tells.")
     return found
 
 

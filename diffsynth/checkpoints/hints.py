@@ -190,8 +190,8 @@ def read_documents(paths: tuple[Path, ...], metadata: Mapping[str, str]) -> tupl
 def _scheduler(paths: tuple[Path, ...]) -> list[Document]:
     """What a diffusers repository says of noise levels, for the transformer that lies in it.
 
-    ``flow_shift`` of UniPC and DPM++, ``shift`` of Euler: one number of the same meaning. With dynamic shifting
-    it follows the size of each video, and the number beside it is not read in diffusers either.
+    ``flow_shift`` of UniPC and DPM++, ``shift`` of Euler: one number of the same meaning. With dynamic
+    shifting it follows the size of each video, and diffusers does not read the number beside it either.
     """
     if not paths or paths[0].parent.name not in TRANSFORMER_FOLDERS:
         return []

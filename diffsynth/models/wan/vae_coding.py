@@ -137,8 +137,8 @@ class CausalVAE(nn.Module):
         if not z_dim == len(mean) == len(std):
             raise ArgumentError(
                 f"z_dim is {z_dim}, and the latents of {type(self).__name__} are normalised with {len(mean)} "
-                f"means and {len(std)} deviations; give latents_mean and latents_std of {z_dim} numbers in the "
-                "config.json beside the file."
+                f"means and {len(std)} deviations; give {z_dim} of both, as latents_mean and latents_std in "
+                "the config.json beside the file."
             )
         self.latent_mean, self.latent_std = tuple(mean), tuple(std)
         self.z_dim = z_dim

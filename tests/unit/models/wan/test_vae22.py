@@ -141,5 +141,5 @@ def test_what_does_not_fit_is_refused(vae: WanVideoVAE22) -> None:
         vae.encode(torch.zeros(1, 3, 5, 24, 32))
     with pytest.raises(ArgumentError, match=r"expected \(B, 48, T, h, w\)"):
         vae.decode(torch.zeros(1, 16, 2, 4, 4))
-    with pytest.raises(ArgumentError, match="z_dim is 16, .* WanVideoVAE22 are normalised with 48"):
+    with pytest.raises(ArgumentError, match=r"z_dim is 16, .* WanVideoVAE22 are normalised with 48"):
         WanVideoVAE22(VAE22Config(dim=8, dec_dim=8, z_dim=16))
