@@ -1,10 +1,8 @@
-"""The command ``diffsynth``: every subcommand, and how errors are told. Nothing here imports torch."""
+"""The command ``diffsynth``: every subcommand. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -13,11 +11,9 @@ import typer
 
 from diffsynth import __version__
 from diffsynth.cli import dataset, lora
+from diffsynth.cli.ending import plain_errors, whole_output
 from diffsynth.cli.flags import DECODE_FLAGS, FLAGS, DtypeName, short_dtype, with_flags
 from diffsynth.cli.task_flags import REFINE_FLAGS, TASK_FLAGS
-from diffsynth.errors import DiffSynthError
-
-INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 
 TaskName = Enum(
     "TaskName",
@@ -47,22 +43,8 @@ app.add_typer(dataset.app)
 
 def main() -> None:
     """Run the command line of this process, and end the process."""
-    app(prog_name="diffsynth")
-
-
-@contextmanager
-def plain_errors(debug: bool = False) -> Iterator[None]:
-    """Tell our own errors in one message on stderr and end with status 1; others keep their traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo("Stopped. Nothing half-written was left behind.", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except DiffSynthError as error:
-        if debug:
-            raise
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    with whole_output():
+        app(prog_name="diffsynth")
 
 
 def _show_version(is_wanted: bool) -> None:

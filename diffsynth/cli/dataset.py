@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from diffsynth.cli.ending import plain_errors
 from diffsynth.errors import ArgumentError
 from diffsynth.vram_management.rates import DEFAULT_RATES
 
@@ -108,7 +109,6 @@ def check(  # noqa: PLR0913
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Say what a dataset gives: clips, buckets, dropped files and reasons, captions, memory, time."""
-    from diffsynth.cli.app import plain_errors
     from diffsynth.training.dataset.config import NATIVE, DatasetConfig, Rate
 
     with plain_errors():

@@ -138,11 +138,11 @@ def _installation() -> Iterator[Finding]:
         place = Path(str(distribution.locate_file(""))).resolve()
         if place == package.parent and (place / "setup.py").is_file():
             continue  # diffsynth.egg-info of a checkout, from before this distribution had its name
-        summary = distribution.metadata.get("Summary") or "no summary"
+        told = distribution.metadata.get_all("Summary") or ["it does not say what it is"]
         yield Finding(
             topic="This package",
             name=f"another {OTHER_PROJECT}",
-            found=f"{distribution.version} in {place}: {summary[:80]}",
+            found=f"{distribution.version} in {place}: {told[0][:80]}",
             remedy=f"it is another project, or an older install of this one, and both use the folder "
             f"{OTHER_PROJECT}: pip uninstall {OTHER_PROJECT}, then install this one again, or use a virtual "
             "environment for each",

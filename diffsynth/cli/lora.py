@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from diffsynth.cli.ending import plain_errors
 from diffsynth.errors import ArgumentError, LoRAError
 
 if TYPE_CHECKING:
@@ -40,8 +41,6 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per LoRA.")] = False,
 ) -> None:
     """Say what LoRA files hold: dialect, ranks, alphas, layers, and what is no part of a LoRA."""
-    from diffsynth.cli.app import plain_errors
-
     with plain_errors():
         found = [_told(lora) for path in paths for lora in _open(path, None)]
         typer.echo(json.dumps(found, indent=1) if as_json else "\n\n".join(map(_text, found)))
@@ -56,8 +55,6 @@ def convert(
     network: _Network = None,
 ) -> None:
     """Write a LoRA in another dialect; what that cannot name is an error that lists it."""
-    from diffsynth.cli.app import plain_errors
-
     with plain_errors():
         from diffsynth.lora.dialects import to_low_rank, write_loras
 
@@ -83,8 +80,6 @@ def merge(
     network: _Network = None,
 ) -> None:
     """Write a checkpoint with LoRAs fused into it. Weights kept in fp8 are written as bfloat16."""
-    from diffsynth.cli.app import plain_errors
-
     with plain_errors():
         from diffsynth.lora.merging import merge as merge_into
 
@@ -112,8 +107,6 @@ def extract(
     to: Annotated[Dialect, typer.Option("--to", help="The dialect to write.")] = "comfy",
 ) -> None:
     """Take a LoRA from the difference of two checkpoints, by SVD."""
-    from diffsynth.cli.app import plain_errors
-
     with plain_errors():
         from diffsynth.lora.dialects import write_loras
         from diffsynth.lora.merging import extract as extract_from
