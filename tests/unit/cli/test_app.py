@@ -11,7 +11,8 @@ import pytest
 
 from diffsynth import __version__
 from diffsynth.cli.flags import FLAGS, TORCH_NAMES, DtypeName, PrecisionName, SamplerName, short_dtype
-from diffsynth.pipelines.request import UNREAD, known_arguments
+from diffsynth.pipelines.foreign_arguments import ADVERTISED
+from diffsynth.pipelines.request import known_arguments
 from diffsynth.sampling.registry import SAMPLERS
 from tests.unit.checkpoints.weights import manifests, write_sparse
 from tests.unit.cli.running import Shell
@@ -73,7 +74,7 @@ def test_the_module_is_the_command() -> None:
 
 def test_flags_are_the_arguments_of_pipe() -> None:
     flags = {flag.name for flag in FLAGS if flag.is_call}
-    assert flags == set(known_arguments()) - PYTHON_ONLY - set(UNREAD)
+    assert flags == set(known_arguments()) - PYTHON_ONLY - set(ADVERTISED)
     assert set(known_arguments()) >= PYTHON_ONLY
 
 
