@@ -24,6 +24,17 @@ class ArgumentError(DiffSynthError, ValueError):
     """An argument has a value that cannot work."""
 
 
+class ResumeError(ArgumentError):
+    """Saved steps that are of another run than the one that is to go on from them."""
+
+    def __init__(self, path: object, differences: Sequence[str]) -> None:
+        super().__init__(
+            f"{path} is of another run: {'; '.join(differences)}. Give what that run had, or begin anew "
+            "without resume_from=."
+        )
+        self.path, self.differences = path, tuple(differences)
+
+
 class UnknownArgumentError(DiffSynthError, TypeError):
     """An argument that nothing reads; the message holds the nearest name."""
 

@@ -38,6 +38,7 @@ from diffsynth.models.table import (
 from diffsynth.models.toy import KINDS, toy_files
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from tests.model_inputs import FRAMES, companions, given
+from tests.stopping import stopping_before
 from tests.unit.checkpoints.weights import manifests, write_sparse
 
 README = Path(__file__).parents[1] / "README.md"
@@ -83,6 +84,17 @@ def test_every_row_makes_frames(kind: str, num_experts: int) -> None:
     names = [name for name in inputs_read(Facts.of_kind(kind)) if name != ALONE]
     frames = make(pipeline(kind, num_experts), given(names, SIDE, SIDE), output_type="pt")
     assert frames.shape == (1, FRAMES, 3, SIDE, SIDE)
+
+
+@pytest.mark.parametrize(("kind", "num_experts"), KINDS_OF_ROWS, ids=case_id)
+def test_every_row_goes_on_from_saved_steps(kind: str, num_experts: int, tmp_path: Path) -> None:
+    names = [name for name in inputs_read(Facts.of_kind(kind)) if name != ALONE]
+    small = {"height": 32, "width": 32, "num_inference_steps": 3, "sampler": "unipc"}
+    run = {**given(names, 32, 32), **small}
+    pipe, file = pipeline(kind, num_experts), tmp_path / "run.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        make(pipe, run, save_steps=file, save_every=2, progress_bar_cmd=stopping_before(2))
+    assert torch.equal(make(pipe, run, resume_from=file, seed=None), make(pipe, run))
 
 
 @pytest.mark.parametrize(("kind", "num_experts", "name"), CASES, ids=case_id)

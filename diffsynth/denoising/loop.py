@@ -41,13 +41,14 @@ def denoise(  # noqa: PLR0913 (a generation has this many parts; each is named b
     on_step: OnStep,
     progress: ProgressBar,
     timestep_dtype: torch.dtype | None = None,
+    first_step: int = 0,
 ) -> Tensor:
     """Walk from noise to video.
 
     Args:
         experts: answer with velocities.
         sampler: already reset; knows the noise levels.
-        latents: (B, C, F, H, W) at the first noise level.
+        latents: (B, C, F, H, W) at the noise level of the first step.
         positive: conditions of what to show.
         negative: conditions of what to keep away from.
         guidance: scale of each expert.
@@ -55,12 +56,13 @@ def denoise(  # noqa: PLR0913 (a generation has this many parts; each is named b
         on_step: sees the latents after each step; may change them, or stop the walk.
         progress: wraps the timesteps.
         timestep_dtype: rounds what the network is told, as DiffSynth v1 did; None keeps it.
+        first_step: where a walk goes on that was left before this step; the sampler is restored to it.
 
     Raises:
         NotFiniteError: when a latent becomes NaN or infinite; names the step.
     """
     clean_frames = torch.arange(latents.shape[2]) < plan.num_pinned
-    for index, told in enumerate(progress(sampler.timesteps)):
+    for index, told in enumerate(progress(sampler.timesteps[first_step:]), start=first_step):
         experts.foresee(sampler.timesteps[index + 1] if index + 1 < len(sampler.timesteps) else None)
         time = told if timestep_dtype is None else told.to(timestep_dtype)
         timestep = time.double().expand(latents.shape[0])

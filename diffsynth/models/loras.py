@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from weakref import WeakMethod
@@ -20,10 +21,11 @@ from diffsynth.announce import announce
 from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.detect import detect
 from diffsynth.checkpoints.files import PathLike
+from diffsynth.checkpoints.hashing import hash_of_tensors
 from diffsynth.checkpoints.hints import Role, role_of
 from diffsynth.errors import ArgumentError, LoRAError, UnknownCheckpointError
 from diffsynth.lora.attach import Dial, attach, detach
-from diffsynth.lora.changes import Change, Decomposed, tensors_of
+from diffsynth.lora.changes import Change, Decomposed, tensors_of, with_tensors
 from diffsynth.lora.formats import LoRA, is_lora, read_loras, with_role
 from diffsynth.lora.fuse import fuse, original_tensor
 from diffsynth.lora.matching import LoRAReport, Network, fit
@@ -72,6 +74,17 @@ class _Held:
         """What it changes in a network, by tensor."""
         return {name: change for own, some in self.changes if own is entry for name, change in some.items()}
 
+    @cached_property
+    def content(self) -> str:
+        """A hash of what it changes and how, whatever its file and dialect."""
+        named = []
+        for place, (entry, some) in enumerate(self.changes):
+            for name, change in some.items():
+                tensors = tensors_of(change)
+                formula = with_tensors(change, {key: torch.empty(0) for key in tensors})
+                named += [(f"{place} {entry.name} {name} {key} {formula}", t) for key, t in tensors.items()]
+        return hash_of_tensors(named)
+
 
 class LoRAs:
     """See this module's legend.
@@ -95,6 +108,19 @@ class LoRAs:
     def describe(self) -> list[str]:
         """A line each, with its strength as it is now."""
         return [report.told(str(held.dial)) for held in self._held.values() for report in held.reports]
+
+    def facts(self) -> list[dict[str, object]]:
+        """What each is and how strongly it acts, as plain values that tell whether another is the same."""
+        return [
+            {
+                "name": held.dial.name,
+                "content": held.content,
+                "mode": held.mode,
+                "strength": held.dial.weight if held.dial.schedule is None else list(held.dial.schedule),
+                "is_on": held.dial.is_on,
+            }
+            for held in self._held.values()
+        ]
 
     def guard(self, around: Guard) -> None:
         """Enter this around every change; a bound method, which is not kept alive."""

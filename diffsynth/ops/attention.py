@@ -101,6 +101,16 @@ def attention_kernel(name: str, device: torch.device | str | None = None) -> Att
     return _chosen(name, _device(device), f"attention_kernel({name!r})")
 
 
+def attention_name(attention: AttentionKernel) -> str:
+    """The name of what a network has as its ``attention``; "auto" is the automatic choice.
+
+    Raises:
+        ArgumentError: as `attend`.
+    """
+    chosen = _chosen_by_environment() if attention is attend else attention
+    return AUTOMATIC if chosen is None else str(getattr(chosen, "name", repr(chosen)))
+
+
 def describe_attention(
     device: torch.device | str | None = None, attention: AttentionKernel | None = None
 ) -> str:

@@ -37,7 +37,7 @@ def chosen_seed(request: VideoRequest) -> int | None:
             raise ArgumentError(
                 "seed and latents are both given; latents are the noise that a seed would draw."
             )
-        _check_shape(options.latents, _noise_shape(request, request.extra_frames))
+        _check_shape(options.latents, noise_shape(request, request.extra_frames))
         return None
     _generator(options.rand_device)
     if options.seed is not None:
@@ -54,7 +54,7 @@ def draw_noise(request: VideoRequest, seed: int | None, extra_frames: int = 0) -
         ArgumentError: when the caller's noise has another shape.
     """
     options = request.options
-    shape = _noise_shape(request, extra_frames)
+    shape = noise_shape(request, extra_frames)
     if options.latents is not None:
         _check_shape(options.latents, shape)
         return options.latents.float()
@@ -68,7 +68,7 @@ def draw_noise(request: VideoRequest, seed: int | None, extra_frames: int = 0) -
     return torch.cat(rows)
 
 
-def _noise_shape(request: VideoRequest, extra_frames: int) -> tuple[int, ...]:
+def noise_shape(request: VideoRequest, extra_frames: int) -> tuple[int, ...]:
     """(B, C, extra_frames + F, H, W)."""
     num_videos, channels, num_frames, height, width = request.geometry.latent_shape
     return num_videos, channels, extra_frames + num_frames, height, width

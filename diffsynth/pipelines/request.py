@@ -27,7 +27,9 @@ from diffsynth.pipelines.components import PipelineComponents
 from diffsynth.pipelines.decoding import Tiling
 from diffsynth.pipelines.foreign_arguments import ADVERTISED, without_foreign
 from diffsynth.pipelines.presets import preset_values
+from diffsynth.pipelines.run_facts import PLACES
 from diffsynth.pipelines.saved_latents import check_latents_path
+from diffsynth.pipelines.saved_steps import check_steps_path
 from diffsynth.pipelines.usual import usual_values_of
 from diffsynth.sampling.registry import SAMPLERS
 from diffsynth.video import picture_size
@@ -36,7 +38,6 @@ logger = logging.getLogger("diffsynth")
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 TEMPORAL_STRIDE = 4
-PLACES = ("save_latents", "cache_text")  # arguments that name places of this machine: no settings of a video
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +66,9 @@ class CallOptions:
     tile_stride: tuple[int, int] | None = None
     output_type: Literal["pil", "pt", "np", "latent"] = "pil"
     save_latents: str | Path | None = None  # .safetensors, written before the VAE is asked; see `pipe.decode`
+    save_steps: str | Path | None = None  # .safetensors: steps are kept there on the way; see `resume_from`
+    save_every: int | None = None  # steps between two saves; None: after each minute of work
+    resume_from: str | Path | None = None  # what save_steps= wrote: the same call goes on from there
     callback_on_step_end: Callable[..., Mapping[str, Tensor] | None] | None = (
         None  # (pipe, step, timestep, tensors)
     )
@@ -144,6 +148,7 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
     geometry = _geometry(options, parts, num_videos)
     if options.save_latents is not None:
         check_latents_path(options.save_latents, prod(geometry.latent_shape))
+    _check_steps(options, geometry)
     inputs = {}
     for name, conditioner in CONDITIONERS.items():
         own = read_inputs(conditioner.Inputs, resolved)
@@ -223,6 +228,19 @@ def _check_options(options: CallOptions, resolved: Mapping[str, object]) -> None
     boundary = options.switch_DiT_boundary
     if boundary is not None and not 0.0 <= boundary <= 1.0:
         raise ArgumentError(f"switch_DiT_boundary is {boundary}; give 0 to 1 (0.875 for T2V-A14B).")
+
+
+def _check_steps(options: CallOptions, geometry: Geometry) -> None:
+    if options.save_steps is not None:
+        check_steps_path(
+            options.save_steps, options.save_every, prod(geometry.latent_shape), options.save_latents
+        )
+    elif options.save_every is not None:
+        raise ArgumentError("save_every= was given without save_steps=, the file that steps are saved to.")
+    if options.step_cache is not None and (options.save_steps, options.resume_from) != (None, None):
+        raise ArgumentError(
+            "step_cache= remembers steps that save_steps= does not keep; leave one of them out."
+        )
 
 
 def _tiling(options: CallOptions, precision: str) -> CallOptions:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffsynth.conditioning.conditions import Merged
+from diffsynth.conditioning.conditions import LatentPlan, Merged
 from diffsynth.denoising.expert import Experts
 from diffsynth.denoising.loop import Guidance, OnStep, denoise
 from diffsynth.errors import ArgumentError, BusyPipelineError, MissingModelError
@@ -20,6 +20,7 @@ from diffsynth.models.download import local_paths
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.ops.fp8 import Compute
 from diffsynth.pipelines.components import PipelineComponents, collect
+from diffsynth.pipelines.course import Course, plot_course
 from diffsynth.pipelines.decoding import Tiling, VideoDecoder
 from diffsynth.pipelines.describe import describe, describe_memory
 from diffsynth.pipelines.encoding import EncodingSession, encode_request
@@ -27,8 +28,9 @@ from diffsynth.pipelines.experts import ExpertMethods, boundary_of, step_counts
 from diffsynth.pipelines.kernels import choose_kernels
 from diffsynth.pipelines.loras import LoRAMethods
 from diffsynth.pipelines.memory import MemoryLimits, MemoryManager
-from diffsynth.pipelines.noise import chosen_seed, draw_noise, prepared_sampler
+from diffsynth.pipelines.noise import draw_noise, prepared_sampler
 from diffsynth.pipelines.request import CallOptions, VideoRequest, call_signature, read_request
+from diffsynth.pipelines.run_facts import without_iterators
 from diffsynth.pipelines.saved_latents import latents_kept, provenance, save_latents
 from diffsynth.sampling.sampler import Sampler
 from diffsynth.sampling.schedule import add_noise
@@ -317,6 +319,7 @@ class WanVideoPipeline(LoRAMethods, ExpertMethods):
 
     def _generate(self, arguments: Mapping[str, object]) -> Videos:
         self._is_interrupted = False
+        arguments = without_iterators(arguments)
         request = read_request(arguments, self.parts, self.precision)
         if self.parts.high is None:
             raise MissingModelError(
@@ -328,40 +331,54 @@ class WanVideoPipeline(LoRAMethods, ExpertMethods):
             )
         sampler = prepared_sampler(request)
         self.parts.loras.begin(*step_counts(self.parts, request.options, sampler))
-        seed = chosen_seed(request)
-        self.last_settings = {**request.settings, **({} if seed is None else {"seed": seed})}
+        course = plot_course(request, arguments, self.parts, self.precision, sampler)
+        self.parts.loras.advance(course.first_step)
+        self.last_settings = {**request.settings, **({} if course.seed is None else {"seed": course.seed})}
         self._memory.prepare(request)
         conditions = encode_request(request, self.parts, self._residency)
-        noise = draw_noise(request, seed, conditions.latents.extra_frames)
-        return self._decode(request, self._denoise(request, conditions, sampler, noise))
+        latents = course.latents
+        if latents is None:
+            latents = self._noisy(request, conditions.latents, course.seed, sampler)
+        return self._decode(request, self._denoise(request, conditions, sampler, latents, course))
 
-    def _denoise(self, request: VideoRequest, conditions: Merged, sampler: Sampler, noise: Tensor) -> Tensor:
-        assert self.parts.high is not None
-        options, plan, device = request.options, conditions.latents, self.parts.device
-        latents = noise.to(device)
+    def _noisy(self, request: VideoRequest, plan: LatentPlan, seed: int | None, sampler: Sampler) -> Tensor:
+        """Latents at the first noise level."""
+        device, is_v1 = self.parts.device, self.precision == "v1"
+        latents = draw_noise(request, seed, plan.extra_frames).to(device)
         if plan.start is not None:
             latents = add_noise(plan.start.to(device, torch.float32), latents, sampler.sigmas[0].to(device))
-        is_v1 = self.precision == "v1"
-        latents = plan.pin(latents.to(self.parts.dtype if is_v1 else torch.float32))
+        return plan.pin(latents.to(self.parts.dtype if is_v1 else torch.float32))
+
+    def _denoise(
+        self, request: VideoRequest, conditions: Merged, sampler: Sampler, latents: Tensor, course: Course
+    ) -> Tensor:
+        assert self.parts.high is not None
+        options, plan, is_v1 = request.options, conditions.latents, self.precision == "v1"
         experts = Experts(
             self.parts.high, self.parts.low, boundary_of(self.parts, options), options.step_cache,
             bring_in=self._residency.enter, send_ahead=self._residency.send_ahead,
             interleaves=self.memory_plan is None or self.memory_plan.interleaves_branches,
         )  # fmt: skip
-        with self._residency.use(*experts.networks_at(sampler.timesteps[0])):
+        if course.first_step == len(sampler.timesteps):
+            return plan.trim(latents).float()  # a run that was killed behind its last step
+        with (
+            course.telling(),
+            self._residency.use(*experts.networks_at(sampler.timesteps[course.first_step])),
+        ):
             latents = denoise(
                 experts, sampler, latents, positive=conditions.positive, negative=conditions.negative,
                 plan=plan, guidance=Guidance(high=request.cfg_scale, low=request.cfg_scale_low_noise),
-                on_step=self._on_step(options, experts), progress=options.progress_bar_cmd,
-                timestep_dtype=self.parts.dtype if is_v1 else None,
+                on_step=self._on_step(options, experts, sampler, course), progress=options.progress_bar_cmd,
+                timestep_dtype=self.parts.dtype if is_v1 else None, first_step=course.first_step,
             )  # fmt: skip
         return plan.trim(latents).float()
 
-    def _on_step(self, options: CallOptions, experts: Experts) -> OnStep:
+    def _on_step(self, options: CallOptions, experts: Experts, sampler: Sampler, course: Course) -> OnStep:
         def on_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
             if options.callback_on_step_end is not None:
                 changed = options.callback_on_step_end(self, step, timestep, {"latents": latents})
                 latents = latents if changed is None else changed.get("latents", latents)
+            course.after_step(step, latents, sampler, is_last=self._is_interrupted)
             if self._is_interrupted:
                 logger.info("Stopped after step %d.", step + 1)
                 return None

@@ -23,6 +23,9 @@ class DPMSolverPlusPlusSampler(MultistepSampler):
         self._predictions: list[Prediction] = predictions(sigmas)
         self._forget()
 
+    def _remembered_before(self, next_index: int) -> tuple[str, ...]:
+        return ("before",) if 0 < next_index < len(self.timesteps) else ()
+
     def _forget(self) -> None:
         super()._forget()
         self._before: Tensor | None = None

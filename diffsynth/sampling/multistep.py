@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,18 @@ class MultistepSampler(GridSampler):
         else:
             self._next_index = index + 1
         return sample.to(latents.dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next step looks back at; see `Sampler.state`."""
+        return {name: getattr(self, f"_{name}") for name in self._remembered_before(self._next_index)}
+
+    def restore(self, next_index: int, state: Mapping[str, Tensor]) -> None:
+        """Go on at a later step; see `Sampler.restore`."""
+        super().restore(next_index, state)
+        self._forget()
+        for name, tensor in state.items():
+            setattr(self, f"_{name}", tensor.clone())  # the next step may write into it
+        self._next_index = next_index if next_index < len(self.timesteps) else 0
 
     @abstractmethod
     def _advance(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:

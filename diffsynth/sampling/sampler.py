@@ -8,7 +8,7 @@ network predicts the velocity v = noise - video, so that video = x - sigma * v.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -53,6 +53,26 @@ class Sampler(Protocol):
         """
         ...
 
+    def state(self) -> dict[str, Tensor]:
+        """What the next step looks back at, by name, each shaped like the latents; empty where it does not.
+
+        With the number of the next step this is all that `restore` needs. The tensors are the sampler's own:
+        the next step may write into them.
+        """
+        ...
+
+    def restore(self, next_index: int, state: Mapping[str, Tensor]) -> None:
+        """Go on at step ``next_index``, on this grid, as the sampler whose `state` this was would have.
+
+        Args:
+            next_index: number of the next step; as many as there are steps where none is left.
+            state: on the device of the latents; not changed.
+
+        Raises:
+            ArgumentError: for a step that this grid does not have, or the state of another sampler or step.
+        """
+        ...
+
 
 class GridSampler(ABC):
     """The grid of a sampler: how it is made, checked and told to the network."""
@@ -94,6 +114,30 @@ class GridSampler(ABC):
     @abstractmethod
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
         """Return the latents at ``sigmas[index + 1]``; see `Sampler.step`."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next step looks back at: nothing, unless a sampler says otherwise; see `Sampler.state`."""
+        return {}
+
+    def restore(self, next_index: int, state: Mapping[str, Tensor]) -> None:
+        """Go on at a later step; see `Sampler.restore`.
+
+        Raises:
+            ArgumentError: for a step that this grid does not have, or the state of another sampler or step.
+        """
+        num_steps = len(self.timesteps)
+        if not 0 <= next_index <= num_steps:
+            raise ArgumentError(f"Step {next_index} was asked for; this run has {num_steps} steps.")
+        names = self._remembered_before(next_index)
+        if set(state) != set(names):
+            raise ArgumentError(
+                f"The state holds {', '.join(sorted(state)) or 'nothing'} and step {next_index} looks back "
+                f"at {', '.join(names) or 'nothing'}: it is of another sampler or step."
+            )
+
+    def _remembered_before(self, next_index: int) -> tuple[str, ...]:
+        """Names of the tensors that step ``next_index`` looks back at."""
+        return ()
 
     def _install(self, sigmas: Tensor, timesteps: Tensor, advice: str = "") -> None:
         levels = torch.cat([sigmas.float(), sigmas.new_zeros(1, dtype=torch.float32)])

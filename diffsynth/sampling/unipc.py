@@ -54,6 +54,10 @@ class UniPCSampler(MultistepSampler):
         self._corrections = corrections(self._levels)
         self._forget()
 
+    def _remembered_before(self, next_index: int) -> tuple[str, ...]:
+        names = ("clean", "start", "before") if next_index > 1 else ("clean", "start")
+        return names if 0 < next_index < len(self.timesteps) else ()
+
     def _forget(self) -> None:
         super()._forget()
         self._clean: Tensor | None = None  # m of the step before

@@ -32,6 +32,7 @@ class FrameSource(Protocol):
     """What VideoData reads from."""
 
     fps: float | None  # frames per second; None for a folder of pictures
+    files: Sequence[Path]  # that frames are read from
 
     def __len__(self) -> int: ...
     def frame(self, index: int) -> Image.Image:
@@ -88,6 +89,11 @@ class VideoData:
     def fps(self) -> float | None:
         """Frames per second (the average, where it varies); None for a folder of pictures."""
         return self.data.fps
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The file of the video, or of each picture."""
+        return tuple(self.data.files)
 
     def __len__(self) -> int:
         return len(self.data) if self.length is None else self.length
@@ -161,7 +167,7 @@ class ImageFolder:
         if names is None:
             found = (entry.name for entry in root.iterdir() if entry.suffix.lower() in PICTURE_SUFFIXES)
             names = sorted((name for name in found if not name.startswith(".")), key=natural_key)
-        self.files = [root / name for name in names]
+        self.files: Sequence[Path] = [root / name for name in names]
         self._said: set[str] = set()  # what the log was told of them
         missing = [str(file) for file in self.files if not file.is_file()]
         if missing or not self.files:
@@ -196,6 +202,7 @@ class VideoFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise MediaNotFoundError(f"{path} does not exist; give the path of a video file.")
+        self.files: Sequence[Path] = [self.path]
         self._open()
         rate = self._stream.average_rate or self._stream.guessed_rate
         self.fps: float | None = float(rate) if rate else None

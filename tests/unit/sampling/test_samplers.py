@@ -281,3 +281,34 @@ def test_sampler_is_made_by_steps_or_by_a_grid_of_ones_own(name: str) -> None:
     assert by_steps.sigmas.equal(reset(name, 4, 5.0, 0.7).sigmas)
     own = sampler_for(name, num_steps=50, shift=5.0, sigmas=[0.9, 0.5], timesteps=[900, 400])
     assert own.sigmas.tolist() == pytest.approx([0.9, 0.5, 0.0]) and own.timesteps.tolist() == [900, 400]
+
+
+@EVERY_SAMPLER
+@pytest.mark.parametrize("next_index", range(6))
+def test_another_sampler_goes_on_with_the_same_bits(name: str, next_index: int, start: Tensor) -> None:
+    expected, left, latents = solve(reset(name, 5, 5.0), start), reset(name, 5, 5.0), start
+    for index in range(next_index):
+        latents = left.step(curved(latents, left.sigmas[index]), index, latents)
+    state = {key: tensor.clone() for key, tensor in left.state().items()}
+    kept = {key: tensor.clone() for key, tensor in state.items()}
+    going_on = reset(name, 5, 5.0)
+    going_on.restore(next_index, state)
+    for index in range(next_index, 5):
+        latents = going_on.step(curved(latents, going_on.sigmas[index]), index, latents)
+    assert torch.equal(latents, expected[-1])
+    assert all(torch.equal(kept[key], tensor) for key, tensor in state.items()), (
+        "what is given is not changed"
+    )
+
+
+@EVERY_SAMPLER
+def test_a_state_of_another_step_or_sampler_is_refused(name: str, start: Tensor) -> None:
+    sampler = reset(name, 5, 5.0)
+    for next_index in (-1, 6):
+        with pytest.raises(ArgumentError, match=f"Step {next_index} was asked for; this run has 5 steps"):
+            sampler.restore(next_index, {})
+    with pytest.raises(ArgumentError, match="it is of another sampler or step"):
+        sampler.restore(2, {"other": start})
+    if name != "euler":
+        with pytest.raises(ArgumentError, match="holds nothing and step 1 looks back at"):
+            sampler.restore(1, {})
