@@ -129,6 +129,11 @@ def read_latents(path: str | os.PathLike[str]) -> SavedLatents:
     """
     file = Checkpoint.open(Path(path).expanduser())
     shape = file.shapes.get("latents", ())
+    if "noisy_latents" in file:
+        raise ArgumentError(
+            f"{path} holds the steps of a run that did not come to its end; go on with that run first: "
+            f"diffsynth generate --resume {shlex.quote(str(path))}"
+        )
     if len(shape) != 5:
         found = (
             f"latents of shape {shape}" if shape else f"{len(file)} tensors ({', '.join([*file.shapes][:3])})"

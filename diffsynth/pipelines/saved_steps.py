@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.saving import save_tensors
 from diffsynth.errors import ArgumentError, ResumeError
 from diffsynth.pipelines.run_facts import Facts, differences
+from diffsynth.pipelines.saved_latents import STEPS_SUFFIX
 from diffsynth.video.paths import check_output_path
 
 if TYPE_CHECKING:
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("diffsynth")
 
-SUFFIX = ".steps.safetensors"
 KEY = "steps"  # of the metadata
 PAUSE_S = 60.0  # of work between two saves, where nobody says after how many steps
 WRITING_SHARE = 0.05  # of the time, at most, is spent on writing where nobody says
@@ -193,7 +194,7 @@ def check_steps_path(
         OutputPathError: when it cannot be written, does not end in .safetensors, or the disk is full.
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise ArgumentError(f"save_steps is {path!r}; give a path such as 'video{SUFFIX}'.")
+        raise ArgumentError(f"save_steps is {path!r}; give a path such as 'video{STEPS_SUFFIX}'.")
     if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
         raise ArgumentError(
             f"save_every is {every!r}; give a number of steps, 1 or more, or leave it out: steps are then "
@@ -217,15 +218,11 @@ def read_steps(path: str | os.PathLike[str]) -> SavedSteps:
         raise ArgumentError(f"resume_from is {path!r}; give the file that save_steps= wrote.")
     file = Checkpoint.open(Path(path).expanduser())
     if KEY not in file.metadata or _LATENTS not in file:
-        is_finished = "latents" in file
-        raise ArgumentError(
-            f"{path} holds no steps"
-            + (
-                f", but latents whose denoising is done: diffsynth decode {path} makes the video of them."
-                if is_finished
-                else f". Give a file that save_steps= or diffsynth generate wrote, such as video{SUFFIX}."
-            )
-        )
+        advice = f". Give a file that save_steps= or diffsynth generate wrote, such as video{STEPS_SUFFIX}."
+        if "latents" in file:
+            command = f"diffsynth decode {shlex.quote(str(path))}"
+            advice = f", but latents whose denoising is done; this command makes the video of them: {command}"
+        raise ArgumentError(f"{path} holds no steps{advice}")
     told = _told(file)
     latents = file.tensor(_LATENTS).clone()  # not the map: the file is replaced on the way
     names = [name for name in file.shapes if name.startswith(_SAMPLER)]

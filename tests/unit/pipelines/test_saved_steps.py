@@ -28,6 +28,7 @@ from diffsynth.errors import (
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.models.toy import toy_files
 from diffsynth.pipelines import saved_steps
+from diffsynth.pipelines.saved_latents import read_latents
 from diffsynth.pipelines.saved_steps import StepsPath, read_steps
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.sampling.registry import SAMPLERS
@@ -357,9 +358,11 @@ def test_files_that_hold_no_steps_or_were_changed_are_told(
     with pytest.raises(ArgumentError, match=r"holds no steps\. Give a file"):
         read_steps(other)
     save_file({"latents": torch.zeros(1, 16, 1, 2, 2)}, other)
-    with pytest.raises(ArgumentError, match="denoising is done: diffsynth decode"):
+    with pytest.raises(ArgumentError, match=r"denoising is done; .*: diffsynth decode"):
         read_steps(other)
     dies(toy_pipe, file, 2, sampler="unipc")
+    with pytest.raises(ArgumentError, match="diffsynth generate --resume"):
+        read_latents(file)
     tensors, metadata = content_of(file)
     told = json.loads(metadata["steps"])
     for changes in (
