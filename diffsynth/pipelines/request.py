@@ -148,7 +148,7 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
     geometry = _geometry(options, parts, num_videos)
     if options.save_latents is not None:
         check_latents_path(options.save_latents, prod(geometry.latent_shape))
-    _check_steps(options, geometry)
+    _check_steps(options)
     inputs = {}
     for name, conditioner in CONDITIONERS.items():
         own = read_inputs(conditioner.Inputs, resolved)
@@ -230,11 +230,9 @@ def _check_options(options: CallOptions, resolved: Mapping[str, object]) -> None
         raise ArgumentError(f"switch_DiT_boundary is {boundary}; give 0 to 1 (0.875 for T2V-A14B).")
 
 
-def _check_steps(options: CallOptions, geometry: Geometry) -> None:
+def _check_steps(options: CallOptions) -> None:
     if options.save_steps is not None:
-        check_steps_path(
-            options.save_steps, options.save_every, prod(geometry.latent_shape), options.save_latents
-        )
+        check_steps_path(options.save_steps, options.save_every, options.save_latents)
     elif options.save_every is not None:
         raise ArgumentError("save_every= was given without save_steps=, the file that steps are saved to.")
     if options.step_cache is not None and (options.save_steps, options.resume_from) != (None, None):

@@ -15,9 +15,9 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +41,6 @@ logger = logging.getLogger("diffsynth")
 KEY = "steps"  # of the metadata
 PAUSE_S = 60.0  # of work between two saves, where nobody says after how many steps
 WRITING_SHARE = 0.05  # of the time, at most, is spent on writing where nobody says
-HEADER_BYTES = 1 << 16
-NUM_TENSORS = 4  # latents and what UniPC looks back at
 _LATENTS, _SAMPLER = "noisy_latents", "sampler."
 
 
@@ -52,12 +50,12 @@ class StepsPath(os.PathLike[str]):
 
     Args:
         path: of the file.
-        note: texts that go into its metadata.
+        note: gives texts that go into its metadata; called when there is something to write.
         advice: how to go on from the file, for the log; "": by ``resume_from=``.
     """
 
     path: Path
-    note: Mapping[str, str] = field(default_factory=dict)
+    note: Callable[[], Mapping[str, str]] = dict
     advice: str = ""
 
     def __fspath__(self) -> str:
@@ -171,27 +169,27 @@ class StepKeeper:
             "facts": {**self._facts, "loras": self._loras.facts()},
         }
         memory = {_SAMPLER + name: tensor for name, tensor in sampler.state().items()}
-        metadata = {"format": "pt", "diffsynth": __version__, KEY: json.dumps(told), **self._target.note}
+        metadata = {"format": "pt", "diffsynth": __version__, KEY: json.dumps(told), **self._target.note()}
         save_tensors(self._path, {_LATENTS: latents.clone(), **memory}, metadata)
 
 
 def check_steps_path(
     path: str | os.PathLike[str],
     every: int | None,
-    num_elements: int,
     latents_path: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Make sure that steps of so many latents can be written there, before the work starts.
+    """Make sure that steps can be written there, before the work starts.
+
+    How much room the disk has is not asked: one that fills up on the way costs a warning too.
 
     Args:
         path: of the file.
         every: steps between two saves.
-        num_elements: of the latents.
         latents_path: where the call saves its latents, if it does.
 
     Raises:
         ArgumentError: when it is no path, ``every`` is below 1, or both paths are one.
-        OutputPathError: when it cannot be written, does not end in .safetensors, or the disk is full.
+        OutputPathError: when it cannot be written, or does not end in .safetensors.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentError(f"save_steps is {path!r}; give a path such as 'video{STEPS_SUFFIX}'.")
@@ -200,9 +198,7 @@ def check_steps_path(
             f"save_every is {every!r}; give a number of steps, 1 or more, or leave it out: steps are then "
             "saved after each minute of work."
         )
-    target = check_output_path(
-        path, need_bytes=4 * NUM_TENSORS * num_elements + HEADER_BYTES, suffixes=(".safetensors",)
-    )
+    target = check_output_path(path, suffixes=(".safetensors",))
     if latents_path is not None and Path(latents_path).expanduser().resolve() == target:
         raise ArgumentError(f"save_steps and save_latents are one file, {path}; give two.")
 

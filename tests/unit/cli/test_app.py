@@ -24,7 +24,7 @@ PYTHON_ONLY = {
     "prompt_embeds", "negative_prompt_embeds", "latents", "sigmas", "timesteps", "step_cache",
     "callback_on_step_end", "progress_bar_cmd", "progress_bar_st", "output_type", "rand_device",
     "camera_control_origin", "camera_control_poses",  # rows of 19 numbers
-    "save_latents",  # generate names the file itself
+    "save_latents", "save_steps", "save_every", "resume_from",  # generate names the file itself
 }  # fmt: skip
 
 # what a run imports and how much memory it takes, told at its end

@@ -315,7 +315,7 @@ def test_the_log_says_how_to_go_on(toy_pipe: WanVideoPipeline, file: Path, caplo
     assert (
         f"2 steps are kept in {file}; to go on: the same call with resume_from={str(file)!r}" in caplog.text
     )
-    path = StepsPath(file, {"line": "a note"}, "press the button")
+    path = StepsPath(file, lambda: {"line": "a note"}, "press the button")
     dies(toy_pipe, path, 1)  # type: ignore[arg-type]
     assert "to go on: press the button" in caplog.text and read_steps(file).note["line"] == "a note"
 
