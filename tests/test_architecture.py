@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # lowest first; a file may import from its own floor and those below it
 FLOORS = (
-    "announce errors video ops tiny",
+    "announce errors portable video ops tiny",
     "checkpoints sampling vram_management conditioning",
     "lora",
     "models",
@@ -32,12 +32,20 @@ LIGHT = (
     "__init__.py",
     "announce.py",
     "errors.py",
+    "portable.py",
     "checkpoints",
     "models/registry.py",
     *(f"vram_management/{name}.py" for name in ("plan", "memory_plan", "arrange", "choices", "activations")),
     *(f"vram_management/{name}.py" for name in ("layers", "rates")),
     "cli",
     "video",
+)
+# what Windows lacks, or takes for something else; `portable` alone knows
+POSIX_MODULES = {"resource", "fcntl", "pwd", "grp", "termios", "tty", "pty", "syslog", "posix", "readline"}
+POSIX_NAMES = re.compile(
+    r"os\.(?:kill|killpg|fork\w*|get(?:e?[ug]id|pgid|sid|loadavg)|set\w*id|uname|nice|mkfifo|chown|statvfs|wait\w*"
+    r"|sched_\w+|posix_\w+|O_NOFOLLOW|O_DIRECTORY|O_DIRECT)"
+    r"|signal\.(?:SIG(?:USR[12]|KILL|HUP|STOP|CONT|ALRM|CHLD|QUIT|PIPE)|alarm|pause|setitimer|pthread_\w+)"
 )
 LATE = {"pydantic", "av", "ftfy"}  # imported only where they are used
 HOME = {"PIL": "video", "av": "video", "imageio": "video", "cv2": "video"}
@@ -154,6 +162,17 @@ def test_libraries_are_imported_late_and_in_their_home(file: Path) -> None:
         )
         home = HOME.get(top, package_of(file))
         assert home == package_of(file), f"{file} imports {top}, which only diffsynth/{home} knows"
+
+
+@pytest.mark.parametrize("file", [*FILES, *sorted((REPOSITORY / "train").rglob("*.py"))], ids=name_of)
+def test_file_asks_for_nothing_that_windows_lacks(file: Path) -> None:
+    if file.name == "portable.py":
+        return
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    names = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    found = [name for name in names if POSIX_NAMES.fullmatch(name)]
+    found += [one.module for one in imports_of(file) if one.module in POSIX_MODULES]
+    assert not found, f"{file} uses {', '.join(found)}; let diffsynth/portable.py do it"
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)

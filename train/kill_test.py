@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +21,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+from diffsynth.portable import kill_with_children
 
 TOLERANCE = 1e-6  # relative, of the loss
 
@@ -50,8 +50,7 @@ def run_and_kill(line: Sequence[str], after_s: float) -> bool:
     try:
         process.wait(timeout=after_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_with_children(process)
         return True
     if process.returncode:
         raise SystemExit(f"{' '.join(line)} ended with status {process.returncode}")

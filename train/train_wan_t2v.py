@@ -29,12 +29,13 @@ def main(arguments: list[str]) -> int:
     except DiffSynthError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("Stopped. Nothing half-written was left behind.", file=sys.stderr)
-        return 130
-    if report is not None:
-        print(report)
-    return 0
+    except KeyboardInterrupt as error:
+        print(f"Stopped. {str(error) or 'Nothing half-written was left behind.'}", file=sys.stderr)
+        return getattr(error, "exit_code", 130)
+    if report is None:
+        return 0
+    print(report)
+    return report.exit_code
 
 
 if __name__ == "__main__":

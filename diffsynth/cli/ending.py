@@ -25,9 +25,9 @@ def plain_errors(debug: bool = False) -> Iterator[None]:
     """Tell an error in one message on stderr, with status 1; what nobody foresaw keeps its traceback."""
     try:
         yield
-    except KeyboardInterrupt:
-        typer.echo("Stopped. Nothing half-written was left behind.", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+    except KeyboardInterrupt as error:
+        typer.echo(f"Stopped. {str(error) or 'Nothing half-written was left behind.'}", err=True)
+        raise typer.Exit(getattr(error, "exit_code", INTERRUPTED)) from None
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
     except (DiffSynthError, OSError, MemoryError) as error:

@@ -15,6 +15,7 @@ from diffsynth.errors import MissingPackageError, install_extra
 
 if TYPE_CHECKING:
     from diffsynth.training.config import TrainConfig
+    from diffsynth.training.run import RunReport
 
 ENCODED_WITH = "data_process.yaml"  # in the output folder: the settings of the last encoding
 
@@ -49,6 +50,8 @@ def run_train(arguments: Sequence[str]) -> None:
         report = _train(config)
         if config.run.task != "data_process":
             typer.echo(str(report))
+            if report.exit_code:
+                raise typer.Exit(report.exit_code)
         elif os.environ.get("RANK", "0") == "0":
             saved = _save_settings(config)
             typer.echo(f"Encoded; --run.task train goes on from here. The settings are in {saved}.")
@@ -70,7 +73,7 @@ def _config(path: str | None, flags: Sequence[str]) -> TrainConfig:
     return load_config(TrainConfig, path, flags)
 
 
-def _train(config: TrainConfig) -> object:
+def _train(config: TrainConfig) -> RunReport:
     with _needing_lightning():
         from diffsynth.training.run import train
 

@@ -51,6 +51,7 @@ from diffsynth.training.dataset.items import LIST_PREFIX
 from diffsynth.training.dataset.planning import write_dropped
 from diffsynth.training.dataset.reading import ClipPixels, read_clip
 from diffsynth.training.samples import EncodedSample
+from diffsynth.training.stopping import Stopped, Wishes
 
 if TYPE_CHECKING:
     from diffsynth.pipelines.components import PipelineComponents
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("diffsynth")
 
+STOP_TOLD = "Ctrl-C: encoding stops after the clip at work, which is kept. Once more stops at once."
 MAX_NAMED = 5  # files in one line of the log
 NOT_ENCODED = f"{LIST_PREFIX}not_encoded"  # .txt, or with the number of a process that shares the work
 
@@ -131,7 +133,11 @@ def process(
     _check_room(todo, pipe.parts, config)
     with tqdm(total=len(todo), desc="encode", unit="clip", disable=rank != 0) as bar:
         tally = Tally(bar=bar, strict=config.strict, dropped=dropped)
-        num_captions = encode_all(todo, pipe, config, tally, read)
+        with Wishes(STOP_TOLD if rank == 0 else "") as signals:
+            num_captions = encode_all(todo, pipe, config, tally, read, lambda: signals.stopped_by is not None)
+    if signals.stopped_by is not None:
+        done = f"{tally.num_written} of {len(todo)} missing clips were encoded and are kept"
+        raise Stopped(f"{done}; the same command goes on from there.", signals.stopped_by)
     lost = {clip.media for clip in tally.dropped}
     listed = _listed(tally.dropped, plan, config, rank, world)
     if clips and all(not job.path.exists() for job in jobs):

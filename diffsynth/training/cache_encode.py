@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,9 +72,9 @@ class Tally:
 
 def encode_all(
     todo: Sequence[Job], pipe: WanVideoPipeline, config: CacheConfig, tally: Tally,
-    read: Callable[[Clip], ClipPixels],
+    read: Callable[[Clip], ClipPixels], is_stopped: Callable[[], bool],
 ) -> int:  # fmt: skip
-    """Encode and write; returns how many texts were encoded."""
+    """Encode and write, until the end or until it is stopped; returns how many texts were encoded."""
     texts: dict[str, Tensor] = {}
     num_captions = 0
     decoded = ReadAhead(todo, lambda job: read(job.clip), config.workers).run()
@@ -88,11 +88,16 @@ def encode_all(
                 num_captions += len(new)
                 if new:
                     with pipe.encoding("text_encoder") as session:
-                        texts.update({text: session.text(text).cpu() for text in new})
+                        for text in takewhile(lambda _: not is_stopped(), new):
+                            texts[text] = session.text(text).cpu()
+                if is_stopped():
+                    break
                 with pipe.encoding("image_encoder", "vae") as session:
                     for job, pixels in islice(decoded, len(block)):
                         if sample := _sample(job, pixels, texts, session, pipe.parts, config, tally):
                             writer.put(job, sample, job.path)
+                        if is_stopped():
+                            return num_captions
     finally:
         decoded.close()
     return num_captions

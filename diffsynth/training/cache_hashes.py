@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,10 +66,12 @@ class FileHashes:
                 self.digest(path)
             return path
 
-        with ThreadPoolExecutor(workers) as pool:
-            for path in pool.map(one, paths):
-                on_file(path)
-        self.save()
+        try:
+            with ThreadPoolExecutor(workers) as pool:
+                for path in pool.map(one, paths):
+                    on_file(path)
+        finally:
+            self.save()
 
     def save(self) -> None:
         """Write what is new; a folder that cannot be written only costs time on the next run."""
@@ -127,14 +128,3 @@ def _entries(file: Path) -> dict[str, list[object]]:
         for name, entry in found.items()
         if isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], str)
     }
-
-
-def is_alive(process: int) -> bool:
-    """Whether a process of this machine has this number."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Generic, TypeVar
 
 from diffsynth.errors import DiffSynthError, NotFiniteError
-from diffsynth.training.cache_hashes import is_alive
+from diffsynth.portable import is_alive
 from diffsynth.training.samples import EncodedSample
 
 Job = TypeVar("Job")

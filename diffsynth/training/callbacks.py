@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import logging
-import resource
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,8 +14,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
 from diffsynth.errors import NotFiniteError, OutputPathError
+from diffsynth.portable import peak_memory_bytes
 from diffsynth.training.checkpoints import EXPERTS
 from diffsynth.training.module import SAVE, STOP, StepReport, WanTrainingModule
+from diffsynth.training.stopping import Wishes
 
 logger = logging.getLogger("diffsynth")
 
@@ -87,8 +85,9 @@ class StepLog(Callback):
                 "grad_norm": report.grad_norm,
                 "steps_per_s": 1 / max(1e-9, now - self._step_began),
                 "data_wait_s": self._waits_s,
-                "peak_gb": peak_gb(),
             }
+            if (peak := peak_gb()) is not None:
+                row["peak_gb"] = peak
             if report.role is not None:
                 values = (report.loss, report.learning_rate, report.grad_norm, report.steps_of_expert)
                 row |= {f"{n}_{report.role}_noise": v for n, v in zip(OF_EXPERT, values, strict=True)}
@@ -125,31 +124,31 @@ def write_rows(trainer: Trainer, row: Mapping[str, float], step: int) -> None:
             logger.error("No row of step %d in the log of %s: %s. Training goes on.", step, one.name, error)
 
 
-def peak_gb() -> float:
-    """Highest memory so far, 1e9 bytes: of the GPU; of this process where there is none."""
+def peak_gb() -> float | None:
+    """Highest memory so far, 1e9 bytes: of the GPU; of this process where there is none, if it is told."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    peak = peak_memory_bytes()
+    return None if peak is None else peak / 1e9
 
 
 class Saver(Callback):
     """Saves every so many steps, when it is asked to, when it must stop, and at the end.
 
-    SIGUSR1 and ``<output>/save`` save; SIGTERM and ``<output>/stop`` save and end the run. What one rank
-    sees, all ranks obey after the same step.
+    SIGUSR1 and ``<output>/save`` save; the first Ctrl-C, SIGTERM and ``<output>/stop`` save and end the run.
+    What one rank sees, all ranks obey after the same step.
 
     Args:
         output: the folder of the run.
         save: writes a checkpoint and its export; every rank calls it.
         every: steps; 0: at the end only.
+        signals: what the user wishes by signals.
     """
 
-    def __init__(self, output: Path, save: Callable[[WanTrainingModule], Path], every: int) -> None:
-        self._output, self._save, self._every = output, save, every
-        self._signalled = 0
-        # Taken now: while it trains, Lightning has handlers of its own there.
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        self._is_listening = False
+    def __init__(
+        self, output: Path, save: Callable[[WanTrainingModule], Path], every: int, signals: Wishes
+    ) -> None:
+        self._output, self._save, self._every, self._signals = output, save, every, signals
         self.saved: tuple[int, Path] | None = None  # the step and the file, of the last one
         self.stopped_by: str | None = None
 
@@ -157,10 +156,7 @@ class Saver(Callback):
         if trainer.is_global_zero:
             self._taken()  # those of an earlier run
         _ours(pl_module).wishes = lambda: self._wishes(trainer.is_global_zero)
-        if threading.current_thread() is threading.main_thread():  # others get no signals
-            self._is_listening = True
-            for number in self._before:
-                signal.signal(number, self._on_signal)
+        self._signals.listen()  # Lightning has put handlers of its own there
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
@@ -171,7 +167,7 @@ class Saver(Callback):
         wishes = module.report.wishes
         is_due = bool(self._every) and module.done % self._every == 0
         if wishes & STOP and module.done < module.config.run.steps:
-            self.stopped_by = self.stopped_by or "a signal or the file 'stop'"
+            self.stopped_by = self._signals.stopped_by or "a signal or the file 'stop'"
             trainer.should_stop = True
             return  # on_train_end saves
         if is_due or wishes & SAVE:
@@ -192,22 +188,13 @@ class Saver(Callback):
         if isinstance(exception, NotFiniteError) and module.done > module.start:
             self._keep(module)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for number, handler in self._before.items() if self._is_listening else ():
-            signal.signal(number, handler)
-        self._is_listening = False
-
     def _keep(self, module: WanTrainingModule) -> None:
         if self.saved is None or self.saved[0] != module.done:
             self.saved = (module.done, self._save(module))
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signalled |= SAVE if number == signal.SIGUSR1 else STOP
-        if number != signal.SIGUSR1:
-            self.stopped_by = signal.Signals(number).name
-
     def _wishes(self, looks_for_files: bool) -> int:
-        wishes, self._signalled = self._signalled, 0
+        saves, self._signals.saves = self._signals.saves, False
+        wishes = SAVE * saves | STOP * (self._signals.stopped_by is not None)
         return wishes | (self._taken() if looks_for_files else 0)
 
     def _taken(self) -> int:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from diffsynth.portable import is_alive
 from diffsynth.video.paths import disk_errors
 from diffsynth.vram_management.flat import resting_tensors
 
@@ -85,6 +87,7 @@ def _to_disk(tensors: Sequence[Tensor], folder: Path) -> None:
     path = folder / f".resting-{os.getpid()}"
     with disk_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
         try:
             with path.open("wb") as file:
                 for start, tensor in zip(starts, loose, strict=True):
@@ -93,11 +96,21 @@ def _to_disk(tensors: Sequence[Tensor], folder: Path) -> None:
                 file.truncate(size)
             whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(PermissionError):  # Windows keeps what is mapped; a later run removes it
+                path.unlink(missing_ok=True)
     for start, tensor in zip(starts, loose, strict=True):
         num_bytes = tensor.numel() * tensor.element_size()
         tensor.data = whole[start : start + num_bytes].view(tensor.dtype).view(tensor.shape)
     logger.info("%.2f GiB of resting weights went to disk, in %s.", size / 2**30, folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Files of processes that have ended without removing theirs."""
+    for file in folder.glob(".resting-*"):
+        process = file.name.rpartition("-")[2]
+        if process.isdecimal() and not is_alive(int(process)):
+            with suppress(OSError):
+                file.unlink()
 
 
 def _ranges_of_files() -> list[tuple[int, int]]:

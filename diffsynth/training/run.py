@@ -64,12 +64,20 @@ from diffsynth.training.processes import (
 )
 from diffsynth.training.samples import EncodedSample, collate
 from diffsynth.training.sharding import on_cpu
+from diffsynth.training.stopping import (
+    CTRL_C,
+    EXIT_OF_CTRL_C,
+    Stopped,
+    Wishes,
+    leave_signals_to_the_parent,
+)
 from diffsynth.training.validation import PromptVideos, Validation, split
 from diffsynth.training.zero import require_gpu
 from diffsynth.video.paths import disk_errors
 
 logger = logging.getLogger("diffsynth")
 
+STOP_TOLD = "Ctrl-C: the run saves after this step and stops. Once more stops at once, without saving."
 OPTIMIZER_NUMBERS = 2  # that an optimizer keeps of each weight, for the estimate of a checkpoint's size
 
 
@@ -82,7 +90,8 @@ class RunReport:
     checkpoint: Path | None
     export: Path | None  # the safetensors file, for others to load; of two experts, the high one's
     folder: Path | None  # of logs and checkpoints
-    stopped_by: str | None = None  # a signal, or the file "stop"
+    stopped_by: str | None = None  # Ctrl-C, another signal, or the file "stop"
+    exit_code: int = 0  # of a program that did nothing else
 
     def __str__(self) -> str:
         why = f", stopped by {self.stopped_by}" if self.stopped_by else ""
@@ -202,20 +211,36 @@ class Run:
             self._prepare_folder()
         names = sorted({self._samples.dataset(index) for index in range(len(self._samples))} - {""})
         log = StepLog(self._samples.dataset if len(names) > 1 else None)
-        saver = Saver(self._output, self.save, config.run.save_every)
+        # Before the first step there is nothing to save; but of several ranks none may leave the others.
+        signals = Wishes(
+            STOP_TOLD if self._ranks.rank == 0 else "",
+            lambda: module.done > module.start or self._ranks.world > 1,
+        )
+        saver = Saver(self._output, self.save, config.run.save_every, signals)
         callbacks: list[Callback] = [log, saver]
         if config.samples.every:
             sample = PromptVideos(config, self._loaded, self._device) if config.samples.prompts else None
             callbacks.insert(0, Validation(self._samples, self._held_out, log, sample))
         try:
-            with quiet_lightning():
+            with signals, quiet_lightning():
                 trainer = self._trainer(callbacks, self._loggers(names if len(names) > 1 else []))
                 trainer.fit(module, train_dataloaders=self._batches())
+        except (KeyboardInterrupt, SystemExit):  # Lightning makes the one of the other
+            if not signals.is_at_once:
+                raise
+            raise Stopped(self._kept(saver.saved)) from None
         except RuntimeError as error:
             if self._ranks.world > 1 and is_of_a_lost_rank(error):
                 raise lost_rank(config.run, error, last_checkpoint(self.folder)) from error
             raise
         return self._report(tuple(log.losses), saver.saved, saver.stopped_by)
+
+    def _kept(self, saved: tuple[int, Path] | None) -> str:
+        """What is left of a run that was stopped at once."""
+        last = saved[1] if saved else last_checkpoint(self.folder)
+        if last is None:
+            return f"Nothing was saved: {self.module.done} steps were done."
+        return f"The last checkpoint is {last}; run.resume: latest goes on from there."
 
     def save(self, module: WanTrainingModule) -> Path:
         """Write a checkpoint and, beside it, the export; every rank takes part, the first one writes."""
@@ -297,7 +322,7 @@ class Run:
         )  # fmt: skip
         return DataLoader(
             _Picked(self._samples), batch_sampler=sampler, collate_fn=_joined, num_workers=run.workers,
-            persistent_workers=run.workers > 0,
+            persistent_workers=run.workers > 0, worker_init_fn=leave_signals_to_the_parent,
         )  # fmt: skip
 
     def _loggers(self, datasets: Sequence[str]) -> list[Logger]:
@@ -337,9 +362,11 @@ class Run:
     ) -> RunReport:
         path = None if saved is None else saved[1]
         export = None if path is None else export_path(path, self.module.learners[0].role or "")
+        # Lightning takes the run for lost when a process that it started ends with anything but 0.
+        tells = stopped_by == CTRL_C and (self._ranks.rank == 0 or self._ranks.is_external)
         return RunReport(
             step=self.module.done, losses=losses, checkpoint=path, export=export, folder=self.folder,
-            stopped_by=stopped_by,
+            stopped_by=stopped_by, exit_code=EXIT_OF_CTRL_C if tells else 0,
         )  # fmt: skip
 
 

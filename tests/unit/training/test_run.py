@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from diffsynth.errors import ArgumentError, LoRAError, NotFiniteError
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.models.toy import toy_files
+from diffsynth.pipelines.encoding import EncodingSession
 from diffsynth.sampling.schedule import add_noise
 from diffsynth.training import logs
 from diffsynth.training import run as training_run
@@ -192,9 +193,16 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_sample(
     assert all(torch.isfinite(t).all() for t in torch.load(saved, weights_only=True)["state_dict"].values())
 
 
-@pytest.mark.parametrize("wish", ["file", "signal"])
+STOPPED_BY = {"file": "a signal or the file 'stop'", "SIGTERM": "SIGTERM", "Ctrl-C": "Ctrl-C"}
+
+
+@pytest.mark.parametrize("wish", STOPPED_BY)
 def test_a_wish_to_stop_saves_first(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wish: str
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    wish: str,
 ) -> None:
     before = Saver.on_train_batch_end
 
@@ -205,16 +213,62 @@ def test_a_wish_to_stop_saves_first(
         if module.done == 3 and wish == "file":
             (tmp_path / "stop").touch()
         elif module.done == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT if wish == "Ctrl-C" else signal.SIGTERM)
 
     monkeypatch.setattr(Saver, "on_train_batch_end", wishing)
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     report = train(config_of(settings, tmp_path, run={"steps": 20, "keep_last": 0}))
-    assert report.step == 4 and report.stopped_by is not None
+    assert report.step == 4 and report.stopped_by == STOPPED_BY[wish]
+    assert report.exit_code == (130 if wish == "Ctrl-C" else 0)
+    assert ("the run saves after this step and stops" in capfd.readouterr().err) == (wish == "Ctrl-C")
     assert report.checkpoint is not None
     names = sorted(p.name.partition("-")[2] for p in report.checkpoint.parent.glob("*.ckpt"))
     assert names == ["step=2.ckpt", "step=4.ckpt"]
-    assert not (tmp_path / "stop").exists() and signal.getsignal(signal.SIGTERM) == handler
+    assert not (tmp_path / "stop").exists()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+@pytest.mark.parametrize(("at", "kept"), [(0, "Nothing was saved"), (3, "step=2.ckpt; run.resume: latest")])
+def test_a_second_ctrl_c_stops_at_once_and_the_first_where_no_step_was_done(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, kept: str
+) -> None:
+    finish = training_run.WanTrainingModule._finish
+
+    def pressing(self: Any, step: int, learner: Any) -> None:
+        if step == at:
+            signal.raise_signal(signal.SIGINT)
+            assert at, "before the first step there is nothing to wait for"
+            signal.raise_signal(signal.SIGINT)
+        assert step < 3
+        finish(self, step, learner)
+
+    monkeypatch.setattr(training_run.WanTrainingModule, "_finish", pressing)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match=kept):
+        train(config_of(settings, tmp_path, run={"steps": 20, "save_every": 2, "workers": 1}))
+    assert signal.getsignal(signal.SIGINT) == handler and not list(tmp_path.rglob(".part-*"))
+
+
+def test_ctrl_c_while_encoding_keeps_what_is_done_and_begins_no_training(tmp_path: Path) -> None:
+    settings = toy_settings(tmp_path)
+    for path in (tmp_path / "data").glob("*.tensors.safetensors"):
+        path.unlink()
+    latents, num_coded = EncodingSession.latents, 0
+
+    def pressing(self: Any, *args: Any, **tiles: Any) -> Any:
+        nonlocal num_coded
+        num_coded += 1
+        if num_coded == 2:
+            signal.raise_signal(signal.SIGINT)
+        return latents(self, *args, **tiles)
+
+    config = config_of(settings, tmp_path / "out", run={"task": "both"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EncodingSession, "latents", pressing)
+        with pytest.raises(KeyboardInterrupt, match="2 of 6 missing clips were encoded and are kept"):
+            train(config)
+    assert len(list((tmp_path / "data").glob("*.tensors.safetensors"))) == 2
+    assert train(config).step == 4
 
 
 def test_a_file_of_the_user_named_stop_is_neither_a_wish_nor_removed(

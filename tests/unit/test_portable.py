@@ -1,0 +1,87 @@
+"""Systems that lack what POSIX has."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffsynth import portable
+from diffsynth.portable import is_alive, kill_with_children, peak_memory_bytes
+
+HIDDEN = ("resource", "fcntl", "pwd", "grp", "termios", "tty", "pty", "syslog")
+
+
+def _train_without_posix(folder: Path) -> None:
+    """In a process of its own: our modules are imported anew, where these are not to be had."""
+    for name in [one for one in sys.modules if one.partition(".")[0] in ("diffsynth", "tests")]:
+        del sys.modules[name]
+    sys.modules.update(dict.fromkeys(HIDDEN))  # type: ignore[arg-type]
+    sigusr1 = signal.SIGUSR1
+    del signal.SIGUSR1
+    from diffsynth.portable import SAVE_SIGNAL, peak_memory_bytes
+
+    signal.SIGUSR1 = sigusr1  # type: ignore[misc]  # Lightning asks for it where it does not see Windows
+    assert SAVE_SIGNAL is None and peak_memory_bytes() is None
+    from diffsynth.training.run import train
+    from tests.unit.training.toy_runs import config_of, rows, toy_settings
+
+    report = train(config_of(toy_settings(folder), folder / "out", run={"steps": 2, "batch_size": 1}))
+    assert report.step == 2 and rows(report)[-1]["peak_gb"] == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32" or torch.cuda.is_available(), reason="forks")
+def test_encoding_and_training_need_no_posix_module(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_train_without_posix, args=(tmp_path,))
+    process.start()  # the imports of others are there already
+    process.join(timeout=120)
+    assert process.exitcode == 0
+
+
+def test_a_process_is_alive_until_it_has_ended() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
+    )
+    assert is_alive(process.pid) and is_alive(os.getpid())
+    kill_with_children(process)
+    assert not is_alive(process.pid)
+    assert not is_alive(0) and not is_alive(-1) and not is_alive(10**30)
+
+
+@pytest.mark.parametrize(
+    ("handle", "error", "code", "expected"),
+    [(7, 0, 259, True), (7, 0, 1, False), (0, 87, 0, False), (0, 5, 0, True)],
+    ids=["running", "ended", "no-such-process", "of-another-user"],
+)
+def test_windows_is_asked_without_a_signal(
+    monkeypatch: pytest.MonkeyPatch, handle: int, error: int, code: int, expected: bool
+) -> None:
+    class Kernel:
+        class OpenProcess:
+            def __new__(cls, *_: Any) -> Any:
+                return handle or None
+
+        def GetExitCodeProcess(self, _: Any, place: Any) -> None:
+            place._obj.value = code
+
+        def CloseHandle(self, _: Any) -> None:
+            pass
+
+    monkeypatch.setattr(portable.sys, "platform", "win32")
+    monkeypatch.setattr(ctypes, "WinDLL", lambda *_, **__: Kernel(), raising=False)
+    monkeypatch.setattr(ctypes, "get_last_error", lambda: error, raising=False)
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("on Windows this is Ctrl-C"))
+    assert is_alive(1234) is expected
+
+
+def test_the_peak_is_told_in_bytes() -> None:
+    peak = peak_memory_bytes()
+    assert peak is None or 10e6 < peak < 1e12
