@@ -72,6 +72,17 @@ def temporary_beside(target: Path) -> Path:
     return target.with_name(f".part-{os.getpid()}-{secrets.token_hex(4)}{target.suffix.lower()}")
 
 
+def why_not_writable(folder: Path) -> str:
+    """Why no file can be made in a folder that is there, in the system's words; "" where one can."""
+    probe = temporary_beside(folder / "probe")
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        return _reason(error)
+    return ""
+
+
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """Give a temporary path to write to; it becomes ``target`` at the end, or vanishes on any exception.
@@ -85,7 +96,8 @@ def replacing(target: Path) -> Iterator[Path]:
             yield temporary
             os.replace(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk refuses even to remove what is not there
+            temporary.unlink()
 
 
 @contextmanager
