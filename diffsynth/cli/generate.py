@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from diffsynth.cli.flags import FLAGS, TORCH_NAMES
+from diffsynth.cli.origins import inputs_told
 from diffsynth.cli.output import (
     BYTES_PER_PIXEL,
     ENCODER_OPTIONS,
@@ -22,7 +23,7 @@ from diffsynth.cli.output import (
     log_to_stderr,
     write_video,
 )
-from diffsynth.cli.preview import NUM_SEEDS, save_sheet, sheet_beside, smaller
+from diffsynth.cli.preview import NUM_SEEDS, line_for_refining, save_sheet, sheet_beside, smaller
 from diffsynth.cli.text_on_cpu import text_on_cpu
 from diffsynth.errors import ArgumentError, CheckpointNotFoundError, DiffSynthError, MissingModelError
 from diffsynth.video import VideoData, check_output_path, load_image
@@ -90,7 +91,8 @@ def make(prompt: str, values: Mapping[str, Any]) -> None:
     pipe = _load(values)
     for path, strength in loras:
         pipe.load_lora(path, strength)
-    more: dict[str, object] = {}  # settings that the call itself does not tell
+    inputs = inputs_told(values)
+    more: dict[str, object] = {"inputs": inputs} if inputs else {}  # settings that the call does not tell
     if values["preview"]:
         arguments, more["preview_of"] = smaller(arguments, pipe.parts)
     if values["t5_cpu"]:
@@ -111,7 +113,8 @@ def make(prompt: str, values: Mapping[str, Any]) -> None:
         seconds = time.monotonic() - started
         typer.echo(f"{made}, seed {settings[index].get('seed')}, {seconds:.1f} s")
     if values["preview"]:
-        typer.echo(save_sheet(output.paths, settings, sheet_beside(_out(values))))
+        sheet = save_sheet(output.paths, settings, sheet_beside(_out(values)))
+        typer.echo(f"{sheet}; go on with: {line_for_refining(output.paths[0], values)}")
 
 
 def _one_prompt(unnamed: str | None, named: str | None) -> str:

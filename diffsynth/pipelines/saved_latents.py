@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from diffsynth import __version__
 from diffsynth.checkpoints.checkpoint import Checkpoint
+from diffsynth.checkpoints.named import TINY, name_of
 from diffsynth.checkpoints.saving import save_tensors
 from diffsynth.errors import ArgumentError
 from diffsynth.tiny import tiny_folder
@@ -34,7 +35,6 @@ logger = logging.getLogger("diffsynth")
 SUFFIX = ".latents.safetensors"
 STEPS_SUFFIX = ".steps.safetensors"
 HEADER_BYTES = 1 << 16  # of the file, at most: prompts and settings
-_TINY = "tiny:"  # the shipped VAE is found wherever the package is installed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +81,7 @@ def provenance(
         settings: its ``last_settings``.
     """
     given = {name: value for name, value in settings.items() if value not in ("", None)}
-    sources = {part: "/".join(Path(source).parts[-2:]) for part, source in parts.sources.items()}
+    sources = {part: name_of(source) for part, source in parts.sources.items()}
     return {"diffsynth": __version__, **given, "precision": precision, "models": sources}
 
 
@@ -167,13 +167,13 @@ def latents_kept(path: Path | None) -> Iterator[None]:
 
 def _origin(source: str) -> str:
     path = Path(source.partition(" (+")[0]).expanduser().resolve()
-    return _TINY + path.name if path.parent == tiny_folder().resolve() else str(path)
+    return TINY + path.name if path.parent == tiny_folder().resolve() else str(path)
 
 
 def _existing(origin: str | None) -> Path | None:
     if origin is None:
         return None
-    path = tiny_folder() / origin.removeprefix(_TINY) if origin.startswith(_TINY) else Path(origin)
+    path = tiny_folder() / origin.removeprefix(TINY) if origin.startswith(TINY) else Path(origin)
     return path if path.is_file() else None
 
 
