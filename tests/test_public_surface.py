@@ -52,8 +52,8 @@ FLAGS = {
         "--input-video", "--input-image", "--end-image", "--resize", "--max-area", "--model",
         "--lora",
         "--negative-prompt", "--no-tiled", "--num-frames", "--num-inference-steps", "--num-videos-per-prompt",
-        "--out", "--pix-fmt", "--precision", "--preset", "--quality", "--quiet", "--sampler", "--seed",
-        "--sigma-shift",
+        "--out", "--overwrite", "--pix-fmt", "--precision", "--preset", "--quality", "--quiet", "--sampler",
+        "--seed", "--sigma-shift",
         "--steps", "--strict", "--switch-dit-boundary", "--tile-size", "--tile-stride", "--tiled",
         "--tokenizer-path", "--width", "-o", "-q", "--cache-text", "--keep-latents", "--vram", "--ram",
         "--num-persistent", "--attention", "--fp8-compute",
@@ -77,6 +77,7 @@ FLAGS = {
         "--height", "--control-video", "--fit", "--reference-image", "--camera-control-direction",
         "--camera-control-speed", "--motion-bucket-id", "--input-image", "--end-image", "--resize", "--model",
         "--lora", "--negative-prompt", "--no-tiled", "--num-frames", "--num-inference-steps", "--out",
+        "--overwrite",
         "--pix-fmt", "--precision", "--preset", "--quality", "--quiet", "--sampler", "--seed",
         "--sigma-shift", "--steps", "--switch-dit-boundary", "--tile-size", "--tile-stride", "--tiled",
         "--tokenizer-path", "--width", "-o", "-q", "--cache-text", "--keep-latents", "--vram", "--ram",
@@ -88,6 +89,7 @@ FLAGS = {
     },
     "decode": {
         "latents", "--codec", "--crf", "--debug", "--device", "--dtype", "--fps", "--no-tiled", "--out",
+        "--overwrite",
         "--pix-fmt", "--quality", "--quiet", "--tile-size", "--tile-stride", "--tiled", "--vae", "-o", "-q",
     },
     "plan": {

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from diffsynth.cli.flags import TORCH_NAMES
+from diffsynth.cli.naming import Names, naming_of
 from diffsynth.cli.output import (
-    BYTES_PER_PIXEL,
     ENCODER_OPTIONS,
     FPS,
     Output,
+    Size,
     check_output,
     is_picture,
     log_to_stderr,
@@ -26,7 +27,7 @@ from diffsynth.cli.output import (
 from diffsynth.errors import ArgumentError, MissingModelError
 
 if TYPE_CHECKING:
-    from diffsynth.pipelines.saved_latents import SavedLatents
+    from diffsynth.pipelines.saved_latents import KeptLatents, SavedLatents
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 logger = logging.getLogger("diffsynth")
@@ -51,16 +52,30 @@ def run_decode(path: Path, given: Mapping[str, object]) -> None:
     values = {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
     with log_to_stderr(bool(values["quiet"])):
         saved = read_latents(path)
-        output = _check(path, saved, values)
-        started = time.monotonic()
-        pipe = _load(path, saved, values)
-        for index, target in enumerate(output.paths):
-            settings = _settings(saved, output, index)
-            row = saved.latents[index : index + 1]
-            with latents_kept(path):
-                made = write_video(pipe, row, target, output, settings, _tiles(saved, values))
-            seed = f", seed {settings['seed']}" if "seed" in settings else ""
-            typer.echo(f"{made}{seed}, {time.monotonic() - started:.1f} s")
+        with _check(path, saved, values) as output:
+            started = time.monotonic()
+            pipe = _load(path, saved, values)
+            for index, target in enumerate(output.paths):
+                settings = _settings(saved, output, index)
+                row = saved.latents[index : index + 1]
+                with latents_kept(_kept(path, pipe, values)):
+                    _, made = write_video(pipe, row, target, output, settings, _tiles(saved, values))
+                seed = f", seed {settings['seed']}" if "seed" in settings else ""
+                typer.echo(f"{made}{seed}, {time.monotonic() - started:.1f} s")
+
+
+def _kept(path: Path, pipe: WanVideoPipeline, values: Mapping[str, Any]) -> KeptLatents:
+    """What the same command is, where this one fails."""
+    from diffsynth.pipelines.saved_latents import KeptLatents
+
+    assert pipe.parts.vae is not None
+    again = {name: values[name] for name in ("out", "vae", "device") if values[name] is not None}
+    options = [word for name, value in again.items() for word in (f"--{name}", str(value))]
+    dtype = str(next(pipe.parts.vae.parameters()).dtype).removeprefix("torch.")
+    return KeptLatents(
+        path=path, out=path, save_again=lambda: path, vae_dtype=dtype,
+        options=(*options, *(["--overwrite"] if values["overwrite"] else [])),
+    )  # fmt: skip
 
 
 def _check(path: Path, saved: SavedLatents, values: Mapping[str, Any]) -> Output:
@@ -79,9 +94,15 @@ def _check(path: Path, saved: SavedLatents, values: Mapping[str, Any]) -> Output
     asked_before = Path(str(saved.output.get("name", ""))).suffix.lower()
     if not options and out.suffix.lower() == asked_before:
         options = {name: saved.output[name] for name in ENCODER_OPTIONS if name in saved.output}
-    pixels = height * width * (256 if channels == VAE22_CHANNELS else 64)
-    need_bytes = int(BYTES_PER_PIXEL * count * num_frames * pixels)
-    return check_output(out, count, fps=values["fps"], options=options, need_bytes=need_bytes)
+    stride = 16 if channels == VAE22_CHANNELS else 8
+    return check_output(
+        Names(
+            out=out, naming=naming_of(is_named=values["out"] is not None, overwrite=values["overwrite"]),
+            num_videos=count, inputs=[path, *([values["vae"]] if values["vae"] else [])],
+        ),
+        fps=values["fps"], options=options, texts={},
+        size=Size(height=height * stride, width=width * stride, num_frames=num_frames),
+    )  # fmt: skip
 
 
 def _load(path: Path, saved: SavedLatents, values: Mapping[str, Any]) -> WanVideoPipeline:

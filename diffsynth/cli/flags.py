@@ -7,8 +7,7 @@ Nothing here imports torch, so that ``--help`` costs none; a test keeps the tabl
 from __future__ import annotations
 
 import inspect
-import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import wraps
@@ -143,6 +142,8 @@ FLAGS: tuple[Flag, ...] = (
          help="v1 repeats the arithmetic of DiffSynth-Studio 1.x, for old seeds."),
     Flag(name="out", kind=Path, panel=FILE, spellings=("--out", "-o"),
          help=".mp4, .mkv, .mov, .webm or .gif; .png or .jpg for one picture. Default: video.mp4."),
+    Flag(name="overwrite", kind=bool, panel=FILE, default=False, spellings=("--overwrite",),
+         help="Replace a file that has this name; without --out, the default name gets the next number."),
     Flag(name="fps", kind=float, panel=FILE, help="Frames per second; the model's own, mostly 16."),
     Flag(name="quality", kind=float, panel=FILE, help="1 (smallest file) to 10 (best); 9."),
     Flag(name="crf", kind=float, panel=FILE, help="The codec's own measure instead: 0 is best."),
@@ -159,7 +160,9 @@ FLAGS: tuple[Flag, ...] = (
          help="Show where an error came from."),
 )  # fmt: skip
 
-_SHARED = ("tiled", "tile_size", "tile_stride", "quality", "crf", "codec", "pix_fmt", "quiet", "debug")
+_SHARED = (
+    "overwrite", "tiled", "tile_size", "tile_stride", "quality", "crf", "codec", "pix_fmt", "quiet", "debug",
+)  # fmt: skip
 
 DECODE_FLAGS: tuple[Flag, ...] = (
     Flag(name="vae", kind=str, panel=MODEL, help="File of the VAE; the one that the run had."),
@@ -170,30 +173,6 @@ DECODE_FLAGS: tuple[Flag, ...] = (
     Flag(name="fps", kind=float, panel=FILE, help="Frames per second; as in the run, else 16."),
     *(flag for flag in FLAGS if flag.name in _SHARED),
 )  # fmt: skip
-
-
-def command_line(words: Sequence[str], values: Mapping[str, Any], flags: Sequence[Flag]) -> str:
-    """Return a line for a shell: ``words``, and each flag whose value is not its default.
-
-    Args:
-        words: the command, and what stands in front of the flags.
-        values: of the flags, by name; those that are missing are left out.
-        flags: in the order of the line.
-    """
-    line = [*words]
-    for flag in flags:
-        value = values.get(flag.name)
-        if value is None or value == flag.default or value in ([], ()):
-            continue
-        spellings = (flag.spellings or ("--" + flag.name.replace("_", "-"),))[0].split("/")
-        if isinstance(value, bool):
-            line.append(spellings[0 if value else -1])
-        elif isinstance(value, tuple):
-            line += [spellings[0], *map(str, value)]
-        else:
-            for one in value if isinstance(value, list) else [value]:
-                line += [spellings[0], str(getattr(one, "source", one))]
-    return shlex.join(line)
 
 
 def short_dtype(name: str) -> str:

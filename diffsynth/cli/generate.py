@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,25 +13,27 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from diffsynth.cli.flags import FLAGS, TORCH_NAMES
-from diffsynth.cli.origins import inputs_told
+from diffsynth.cli.naming import Names, naming_of
 from diffsynth.cli.output import (
-    BYTES_PER_PIXEL,
     ENCODER_OPTIONS,
     FPS,
     Output,
+    Size,
     check_output,
+    check_size,
     is_picture,
     log_to_stderr,
     write_video,
 )
-from diffsynth.cli.preview import NUM_SEEDS, line_for_refining, save_sheet, sheet_beside, smaller
+from diffsynth.cli.preview import NUM_SEEDS, save_sheet, smaller
 from diffsynth.cli.text_on_cpu import text_on_cpu
 from diffsynth.errors import ArgumentError, CheckpointNotFoundError, DiffSynthError, MissingModelError
-from diffsynth.video import VideoData, check_output_path, load_image
+from diffsynth.video import VideoData, load_image
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from diffsynth.pipelines.saved_latents import KeptLatents
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 logger = logging.getLogger("diffsynth")
@@ -41,8 +44,11 @@ TINY_NOTE = (
     "A real one: --model FOLDER, or --model Wan-AI/Wan2.1-T2V-1.3B --download (17 GB)."
 )
 TILE_FLAGS = ("tiled", "tile_size", "tile_stride")
-_USUAL_PIXELS = 480 * 832
-_LATENT_BYTES_PER_PIXEL = 0.25  # 16 channels of float32 for 4 x 8 x 8 pixels
+LATENT_BYTES_PER_PIXEL = 0.25  # 16 channels of float32 for 4 x 8 x 8 pixels
+MODEL_FLAGS = ("model", "dit", "tokenizer_path")
+VIDEO_FLAGS = ("input_video", "control_video", "vace_video", "vace_video_mask")
+PICTURE_FLAGS = ("input_image", "end_image", "reference_image")
+SOURCE_FLAGS = (*VIDEO_FLAGS, *PICTURE_FLAGS, "vace_reference_image")
 
 
 def run_generate(prompt: str | None, given: Mapping[str, object]) -> None:
@@ -77,44 +83,59 @@ def make(prompt: str, values: Mapping[str, Any]) -> None:
 
     Args:
         prompt: what to show.
-        values: of `FLAGS`, with ``offload`` (networks rest on the host) and ``t5_cpu`` beside them.
+        values: of `FLAGS`, and those of `BESIDE_FLAGS`.
 
     Raises:
         DiffSynthError: what was wrong, before a model is loaded where it can be known.
     """
-    from diffsynth.pipelines.saved_latents import latents_kept
-
     arguments = _call_arguments(prompt, values)
-    output = _check(values, arguments)
     loras = _loras(values)
     started = time.monotonic()
-    pipe = _load(values)
-    for path, strength in loras:
-        pipe.load_lora(path, strength)
-    inputs = inputs_told(values)
-    more: dict[str, object] = {"inputs": inputs} if inputs else {}  # settings that the call does not tell
-    if values["preview"]:
-        arguments, more["preview_of"] = smaller(arguments, pipe.parts)
-    if values["t5_cpu"]:
-        arguments, texts = text_on_cpu(pipe, arguments)
-        more.update(texts)
-    latents = _generate(pipe, arguments)
-    tiles: dict[str, Any] = {name: arguments[name] for name in TILE_FLAGS if name in arguments}
-    settings = _settings(pipe, output, loras, more)
+    with _check(values, arguments, [path for path, _ in loras]) as output:
+        pipe = _load(values)
+        for path, strength in loras:
+            pipe.load_lora(path, strength)
+        more: dict[str, object] = {}  # settings that the call itself does not tell
+        if values["preview"]:
+            arguments, more["preview_of"] = smaller(arguments, pipe.parts)
+        _check_size(pipe, arguments, output)
+        if values["t5_cpu"]:
+            arguments, texts = text_on_cpu(pipe, arguments)
+            more.update(texts)
+        latents = _generate(pipe, arguments)
+        settings = _settings(pipe, output, loras, more)
+        paths = _write(pipe, latents, output, settings, values, started)
+        if output.names.sheet is not None:
+            typer.echo(save_sheet(paths, settings, output.names.sheet, overwrite=output.names.overwrites))
+
+
+def _write(
+    pipe: WanVideoPipeline,
+    latents: Tensor,
+    output: Output,
+    settings: Sequence[Mapping[str, object]],
+    values: Mapping[str, Any],
+    started: float,
+) -> list[Path]:
+    """Decode each video into its file, say what was made, and return where they are."""
+    from diffsynth.pipelines.saved_latents import latents_kept
+
+    tiles = {name: values[name] for name in TILE_FLAGS if values[name] is not None}
     # All of them before the first is decoded: what was computed is safe from here on.
-    kept = [_keep(pipe, latents, output, i, each) for i, each in enumerate(settings)]
-    for index, (path, file) in enumerate(zip(output.paths, kept, strict=True)):
-        with latents_kept(file):
-            made = write_video(pipe, latents[index : index + 1], path, output, settings[index], tiles)
+    kept = [_keep(pipe, latents, output, i, values["device"], each) for i, each in enumerate(settings)]
+    paths = []
+    for index, each in enumerate(settings):
+        with latents_kept(*kept[index:]):
+            path, made = write_video(
+                pipe, latents[index : index + 1], output.paths[index], output, each, tiles
+            )
+        paths.append(path)
         if values["keep_latents"]:
-            logger.info("The latents are in %s", file)
+            logger.info("The latents are in %s", kept[index].path)
         else:
-            file.unlink(missing_ok=True)
-        seconds = time.monotonic() - started
-        typer.echo(f"{made}, seed {settings[index].get('seed')}, {seconds:.1f} s")
-    if values["preview"]:
-        sheet = save_sheet(output.paths, settings, sheet_beside(_out(values)))
-        typer.echo(f"{sheet}; go on with: {line_for_refining(output.paths[0], values)}")
+            kept[index].path.unlink(missing_ok=True)
+        typer.echo(f"{made}, seed {each.get('seed')}, {time.monotonic() - started:.1f} s")
+    return paths
 
 
 def _one_prompt(unnamed: str | None, named: str | None) -> str:
@@ -126,19 +147,15 @@ def _one_prompt(unnamed: str | None, named: str | None) -> str:
     return prompt
 
 
-def _out(values: Mapping[str, Any]) -> Path:
-    return values["out"] or USUAL_OUT
-
-
 def _call_arguments(prompt: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """What `pipe()` is called with: only what was given, files opened."""
     names = [flag.name for flag in FLAGS if flag.is_call]
     arguments = {name: values[name] for name in names if values[name] not in (None, [])}
-    for name in ("input_video", "control_video", "vace_video", "vace_video_mask"):
+    for name in VIDEO_FLAGS:
         source = arguments.get(name)
         if isinstance(source, Path):
             arguments[name] = VideoData(image_folder=source) if source.is_dir() else VideoData(source)
-    for name in ("input_image", "end_image", "reference_image"):
+    for name in PICTURE_FLAGS:
         if name in arguments:
             arguments[name] = load_image(arguments[name])
     if "vace_reference_image" in arguments:
@@ -148,36 +165,81 @@ def _call_arguments(prompt: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt, **arguments}
 
 
-def _check(values: Mapping[str, Any], arguments: dict[str, Any]) -> Output:
-    """Make sure that videos and latents can be written; a name that ends in .png asks for one frame.
+def _check(values: Mapping[str, Any], arguments: dict[str, Any], loras: Sequence[Path]) -> Output:
+    """Make sure that videos can be written, and claim their names; one that ends in .png asks for one frame.
 
     Args:
         values: of all flags.
         arguments: of `pipe()`; gets ``num_frames=1`` for a picture.
+        loras: files that are read.
 
     Raises:
         OutputPathError: when a path cannot be written.
-        ArgumentError: for several frames in a picture, or options that the encoder cannot take.
+        ArgumentError: for several frames in a picture, or what the encoder or the file cannot take.
     """
-    from diffsynth.pipelines.saved_latents import latents_beside
-
-    out = _out(values)
+    out = values["out"] or USUAL_OUT
     if values["preview"]:
         arguments.setdefault("num_videos_per_prompt", NUM_SEEDS)
-        check_output_path(sheet_beside(out), suffixes=(".png",))
-    count = max(1, int(arguments.get("num_videos_per_prompt", 1)))
     if is_picture(out) and arguments.setdefault("num_frames", 1) != 1:
         raise ArgumentError(
             f"--out {out} is a picture and --num-frames is {arguments['num_frames']}; "
             "leave --num-frames out, or name a video, such as --out video.mp4."
         )
-    pixels = arguments.get("height", 0) * arguments.get("width", 0) or _USUAL_PIXELS
-    num_bytes = pixels * arguments.get("num_frames", 81) * count * (BYTES_PER_PIXEL + _LATENT_BYTES_PER_PIXEL)
+    names = Names(
+        out=out,
+        naming=naming_of(
+            is_named=values["out"] is not None and not values["has_default_out"],
+            overwrite=values["overwrite"],
+        ),
+        num_videos=max(1, int(arguments.get("num_videos_per_prompt", 1))),
+        has_sheet=values["preview"],
+        inputs=[*_read_files(values), *loras],
+    )
+    texts: dict[str, object] = {
+        name: arguments[name] for name in ("prompt", "negative_prompt") if name in arguments
+    }
     options = {name: values[name] for name in ENCODER_OPTIONS if values[name] is not None}
-    output = check_output(out, count, fps=values["fps"], options=options, need_bytes=max(0, int(num_bytes)))
-    for path in output.paths:
-        check_output_path(latents_beside(path, output.run_id), suffixes=(".safetensors",))
-    return output
+    return check_output(names, fps=values["fps"], options=options, texts=texts, size=_asked_size(arguments))
+
+
+def _asked_size(arguments: Mapping[str, Any]) -> Size | None:
+    """What is told before the model is there; wrong numbers are told by the pipeline."""
+    height, width, num_frames = (arguments.get(name, 1) for name in ("height", "width", "num_frames"))
+    if min(height, width, num_frames) < 1 or not {"height", "width"} <= arguments.keys():
+        return None
+    return Size(
+        height=height + height % 2, width=width + width % 2, num_frames=num_frames,
+        latent_bytes=int(height * width * num_frames * LATENT_BYTES_PER_PIXEL),
+    )  # fmt: skip
+
+
+def _read_files(values: Mapping[str, Any]) -> Iterator[str | Path]:
+    """What the command reads, beside LoRAs: no output may be one of these files."""
+    for name in (*MODEL_FLAGS, *SOURCE_FLAGS, "read_files"):
+        given = values[name]
+        for each in given if isinstance(given, (list, tuple)) else [given]:
+            if isinstance(each, (str, Path)):
+                yield each
+
+
+def _check_size(pipe: WanVideoPipeline, arguments: Mapping[str, Any], output: Output) -> None:
+    """Make sure that the videos can be written, now that the model tells what was not asked for."""
+    from diffsynth.pipelines.presets import preset_values
+    from diffsynth.pipelines.request import usual_values
+
+    assert pipe.parts.vae is not None
+    usual = {**usual_values(pipe.parts), **preset_values(arguments), **arguments}
+    height, width, num_frames = (max(1, int(usual[name])) for name in ("height", "width", "num_frames"))
+    if usual.get("max_area") is not None:
+        height = width = math.isqrt(max(1, usual["max_area"])) // 16 * 16 or 16
+    vae = pipe.parts.vae
+    num_latents = (num_frames - 1) // vae.temporal_stride + 1
+    area = height * width // vae.spatial_stride**2
+    size = Size(
+        height=height + height % 2, width=width + width % 2, num_frames=num_frames,
+        latent_bytes=4 * vae.z_dim * num_latents * area,
+    )  # fmt: skip
+    check_size(output, size, float(str(usual.get("fps", FPS))))
 
 
 def _loras(values: Mapping[str, Any]) -> list[tuple[Path, float]]:
@@ -303,15 +365,23 @@ def _settings(
 
 
 def _keep(
-    pipe: WanVideoPipeline, latents: Tensor, output: Output, index: int, settings: Mapping[str, object]
-) -> Path:
-    from diffsynth.pipelines.saved_latents import latents_beside, save_latents
+    pipe: WanVideoPipeline,
+    latents: Tensor,
+    output: Output,
+    index: int,
+    device: str | None,
+    settings: Mapping[str, object],
+) -> KeptLatents:
+    from diffsynth.pipelines.saved_latents import keep_latents, latents_beside
 
     path = output.paths[index]
-    how = {"name": path.name, **output.options}
-    return save_latents(
-        latents_beside(path, output.run_id), latents[index : index + 1], pipe.parts, settings, how
-    )
+    more = [] if device is None else ["--device", device]
+    if output.names.overwrites and path.exists():
+        more.append("--overwrite")
+    return keep_latents(
+        latents_beside(path, output.run_id), latents[index : index + 1], pipe.parts, settings, out=path,
+        options=output.options, decode_options=more,
+    )  # fmt: skip
 
 
 def _no_progress(steps: Iterable[Any]) -> Iterable[Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from diffsynth.cli.output import is_picture
-from diffsynth.cli.task_flags import EXTEND_FLAGS, GPUS_FLAGS, TASK_FLAGS
+from diffsynth.cli.task_flags import BESIDE_FLAGS, EXTEND_FLAGS, GPUS_FLAGS, TASK_FLAGS
 from diffsynth.cli.tasks import TASKS, Task
 from diffsynth.errors import ArgumentError, UnusedInputError
 from diffsynth.video import VideoData
@@ -44,7 +44,7 @@ def with_task(prompt: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of our flags, with those of generate.py's flags and the task's own in them.
 
     No picture is opened, and of videos only the one that sets the size. Beside the flags, the result has
-    ``offload`` and ``t5_cpu``.
+    `BESIDE_FLAGS`.
 
     Args:
         prompt: what to show.
@@ -66,7 +66,7 @@ def with_task(prompt: str, values: Mapping[str, Any]) -> dict[str, Any]:
             raise UnusedInputError(
                 f"--{unread[0]} is a flag of Wan's generate.py: give --task as well{instead}."
             )
-        return {**kept, **_told_size(given, kept), "offload": False, "t5_cpu": False}
+        return {**kept, **_told_size(given, kept), **BESIDE_FLAGS}
     task = TASKS[name]
     _check_lacks(name, task, given)
     _check_read(name, task, given)
@@ -79,7 +79,8 @@ def with_task(prompt: str, values: Mapping[str, Any]) -> dict[str, Any]:
         merged.update(_of_source(task, given, kept))
     if not merged["model"]:
         raise ArgumentError(f"--task {name} needs --ckpt_dir FOLDER, the folder of its model.")
-    if merged["out"] is None:
+    has_default_out = merged["out"] is None
+    if has_default_out:
         size = parse_size(given["size"]) if "size" in given else (merged["width"], merged["height"])
         size = (size[0] or task.width, size[1] or task.height)
         merged["out"] = Path(official_name(name, task, size, prompt))
@@ -91,7 +92,10 @@ def with_task(prompt: str, values: Mapping[str, Any]) -> dict[str, Any]:
         )
     return {
         **merged,
-        "offload": switch(given.get("offload_model", "True")),
+        "has_default_out": has_default_out,
+        "overwrite": kept["overwrite"] or "save_file" in given,  # as generate.py does
+        "read_files": [given[name] for name in ("src_video", "src_mask") if name in given],
+        "offload": _switch(given.get("offload_model", "True")),
         "t5_cpu": bool(given.get("t5_cpu")),
     }
 
@@ -244,7 +248,7 @@ def _is_there(value: object) -> bool:
     return value is not None and value not in ([], ())
 
 
-def switch(text: str) -> bool:
+def _switch(text: str) -> bool:
     """A truth value as generate.py writes it."""
     try:
         return SWITCHES[text.strip().lower()]
@@ -299,9 +303,8 @@ def fit_source(num_frames: int, height: int, width: int, *, area: int, max_frame
 class Picked(Sequence["Frame"]):
     """Some frames of a video, each read when it is asked for."""
 
-    def __init__(self, video: VideoData, frames: Sequence[int], source: Path) -> None:
+    def __init__(self, video: VideoData, frames: Sequence[int]) -> None:
         self._video, self._frames = video, frames
-        self.source = source  # of the video
 
     def __len__(self) -> int:
         return len(self._frames)
@@ -334,6 +337,6 @@ def _of_source(task: Task, given: Mapping[str, Any], kept: Mapping[str, Any]) ->
     fit = fit_source(length, *video.shape(), area=size[0] * size[1], max_frames=max_frames)
     told = {"height": fit.height, "width": fit.width, "num_frames": len(fit.frames)}
     return {
-        **told, "vace_video": Picked(video, fit.frames, given["src_video"]),
-        "vace_video_mask": None if mask is None else Picked(mask, fit.frames, given["src_mask"]),
+        **told, "vace_video": Picked(video, fit.frames),
+        "vace_video_mask": None if mask is None else Picked(mask, fit.frames),
     }  # fmt: skip

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffsynth.cli.flags import FLAGS, command_line
-from diffsynth.cli.output import is_picture
-from diffsynth.cli.task_flags import REFINE_FLAGS
-from diffsynth.cli.tasks import REFINE_TASK
-from diffsynth.video import VideoData, load_image, save_image
+from diffsynth.cli.output import as_spelled, is_picture
+from diffsynth.video import VideoData, load_image
 from diffsynth.video.contact_sheet import Cell, Layout, contact_sheet, size_in
+from diffsynth.video.images import write_image
 
 if TYPE_CHECKING:
     from diffsynth.pipelines.components import PipelineComponents
@@ -32,11 +31,6 @@ FEW_STEPS = 8  # unless the run itself has fewer
 MOMENTS = 4  # of each video on the sheet
 SHEET_WIDTH = 1680  # pixels
 KEY = "preview_of"  # in the settings of a preview: size and steps of the full run
-
-
-def sheet_beside(out: Path) -> Path:
-    """``video.mp4`` -> ``video-sheet.png``."""
-    return out.with_name(f"{out.stem}-sheet.png")
 
 
 def smaller(arguments: Mapping[str, Any], parts: PipelineComponents) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -78,13 +72,16 @@ def few_steps(steps: int) -> int:
     return max(min(steps, FEW_STEPS), -(-steps // STEP_PARTS))
 
 
-def save_sheet(paths: Sequence[Path], settings: Sequence[Mapping[str, object]], target: Path) -> str:
+def save_sheet(
+    paths: Sequence[Path], settings: Sequence[Mapping[str, object]], target: Path, *, overwrite: bool
+) -> str:
     """Write the contact sheet of previews, and return a line that tells what was made.
 
     Args:
         paths: of the previews, as they were written.
         settings: of each.
         target: .png.
+        overwrite: whether a file of this name is replaced.
     """
     cells = [
         Cell(pictures=_moments(path), title=f"{path.name}   seed {each.get('seed')}")
@@ -93,25 +90,9 @@ def save_sheet(paths: Sequence[Path], settings: Sequence[Mapping[str, object]], 
     count = len(cells[0].pictures)
     size = size_in(cells[0].pictures[0], num_pictures=count, width=SHEET_WIDTH)
     sheet = contact_sheet(cells, Layout(size=size, num_pictures=count, num_lines=0, columns=1))
-    save_image(sheet, target, metadata={**settings[0], "sheet_of": [path.name for path in paths]})
-    return f"{target}: {len(paths)} previews"
-
-
-def line_for_refining(path: Path, values: Mapping[str, Any]) -> str:
-    """The command that makes a preview large: with the flags that its file does not tell.
-
-    Args:
-        path: of the preview.
-        values: of the run, by names of `FLAGS`, with ``offload`` and ``t5_cpu``.
-    """
-    files = [flag.name for flag in FLAGS if flag.kind in (Path, list[Path])]
-    inside = {flag.name for flag in FLAGS if flag.is_call} - {*files} | {"precision", "fps", "out"}
-    flags = [flag for flag in REFINE_FLAGS if flag.name not in inside]
-    if not (values["offload"] or values["t5_cpu"]):
-        return command_line(["diffsynth", "refine", "--from", str(path)], values, flags)
-    words = ["diffsynth", "generate", "--task", REFINE_TASK, "--input_video_path", str(path)]
-    words += [] if values["offload"] else ["--offload_model", "False"]
-    return command_line(words + ["--t5_cpu"] * bool(values["t5_cpu"]), values, flags)
+    about = {**settings[0], "sheet_of": [path.name for path in paths]}
+    made = as_spelled(target, write_image(sheet, target, metadata=about, overwrite=overwrite))
+    return f"{made}: {len(paths)} previews; go on with: diffsynth refine --from {shlex.quote(str(paths[0]))}"
 
 
 def _moments(path: Path) -> tuple[Frame, ...]:

@@ -105,6 +105,11 @@ class LoRAs:
         """Of those that are loaded."""
         return list(self._held)
 
+    @property
+    def sources(self) -> list[str]:
+        """The files of those that are loaded."""
+        return [report.source for held in self._held.values() for report in held.reports]
+
     def describe(self) -> list[str]:
         """A line each, with its strength as it is now."""
         return [report.told(str(held.dial)) for held in self._held.values() for report in held.reports]

@@ -33,6 +33,7 @@ from diffsynth.pipelines.saved_steps import check_steps_path
 from diffsynth.pipelines.usual import usual_values_of
 from diffsynth.sampling.registry import SAMPLERS
 from diffsynth.video import picture_size
+from diffsynth.video.settings import check_text
 
 logger = logging.getLogger("diffsynth")
 
@@ -142,12 +143,14 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
     resolved.update(tile_size=options.tile_size if options.tiled else None,
                     tile_stride=options.tile_stride if options.tiled else None)  # fmt: skip
     text: TextInputs = read_inputs(TextInputs, resolved)
+    for name in ("prompt", "negative_prompt"):
+        check_text(name, resolved.get(name))
     if text.num_videos_per_prompt < 1:
         raise ArgumentError(f"num_videos_per_prompt is {text.num_videos_per_prompt}; give 1 or more.")
     num_videos = text.num_prompts * text.num_videos_per_prompt
     geometry = _geometry(options, parts, num_videos)
     if options.save_latents is not None:
-        check_latents_path(options.save_latents, prod(geometry.latent_shape))
+        check_latents_path(options.save_latents, prod(geometry.latent_shape), parts)
     _check_steps(options)
     inputs = {}
     for name, conditioner in CONDITIONERS.items():

@@ -31,7 +31,7 @@ from diffsynth.pipelines.memory import MemoryLimits, MemoryManager
 from diffsynth.pipelines.noise import draw_noise, prepared_sampler
 from diffsynth.pipelines.request import CallOptions, VideoRequest, call_signature, read_request
 from diffsynth.pipelines.run_facts import without_iterators
-from diffsynth.pipelines.saved_latents import latents_kept, provenance, save_latents
+from diffsynth.pipelines.saved_latents import KeptLatents, keep_latents, latents_kept, provenance
 from diffsynth.sampling.sampler import Sampler
 from diffsynth.sampling.schedule import add_noise
 from diffsynth.vram_management.memory_plan import MemoryPlan
@@ -390,14 +390,15 @@ class WanVideoPipeline(LoRAMethods, ExpertMethods):
 
     def _decode(self, request: VideoRequest, latents: Tensor) -> Videos:
         """Latents are on the disk, if asked for, before the VAE is."""
-        options, file = request.options, None
+        options = request.options
+        kept: tuple[KeptLatents, ...] = ()
         if options.save_latents is not None:
             settings = provenance(self.parts, self.precision, self.last_settings)
-            file = save_latents(options.save_latents, latents, self.parts, settings)
+            kept = (keep_latents(Path(options.save_latents), latents, self.parts, settings),)
         if options.output_type == "latent":
             return latents
         decoder = self._decoder(latents, Tiling(options.tiled, options.tile_size, options.tile_stride))
-        with latents_kept(file), self._residency.use("vae"):
+        with latents_kept(*kept), self._residency.use("vae"):
             return decoder.videos(latents, options.output_type, is_batch=request.is_batch)
 
     def _decoder(self, latents: Tensor, tiling: Tiling) -> VideoDecoder:

@@ -13,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffsynth.errors import ArgumentError, MediaNotFoundError, MediaReadError, OutputPathError
-from diffsynth.video.paths import IMAGE_SUFFIXES, check_output_path, replacing
+from diffsynth.video.paths import IMAGE_SUFFIXES, check_output_path, write_whole
 from diffsynth.video.pixels import Frame, Frames, as_rgb8, frames_to_tensor, iterate_frames
 from diffsynth.video.plain import plain_picture
 from diffsynth.video.settings import TAG, pack
@@ -42,6 +42,27 @@ def save_image(
         OutputPathError: when the path cannot be written; nothing half-written is left behind.
         ArgumentError: when ``image`` has a wrong shape or range, or the format cannot hold ``metadata``.
     """
+    write_image(image, save_path, metadata=metadata)
+
+
+def write_image(
+    image: Frame,
+    save_path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, object] | None = None,
+    overwrite: bool = True,
+) -> Path:
+    """As `save_image`; returns the real path, which is the next number where a file must stay.
+
+    Args:
+        image: as of `save_image`.
+        save_path: as of `save_image`.
+        metadata: as of `save_image`.
+        overwrite: whether a file of this name is replaced.
+
+    Raises:
+        OutputPathError, ArgumentError: as `save_image`.
+    """
     target = check_output_path(save_path, suffixes=IMAGE_SUFFIXES)
     picture = Image.fromarray(as_rgb8(image))
     options: dict[str, Any] = {}
@@ -49,19 +70,25 @@ def save_image(
     if kind in (".jpg", ".jpeg"):
         options["quality"] = 95  # Pillow's 75 shows blocks on flat colours
     if metadata is not None:
-        text = pack(metadata)
+        text = picture_comment(target, metadata)
         if kind == ".png":
-            info = PngInfo()
-            info.add_itxt(TAG, text)
-            options["pnginfo"] = info
-        elif kind in (".jpg", ".jpeg") and len(text.encode()) <= _JPEG_COMMENT_BYTES:
-            options["comment"] = text.encode()
+            options["pnginfo"] = PngInfo()
+            options["pnginfo"].add_itxt(TAG, text)
         else:
-            raise ArgumentError(
-                f"{save_path} cannot hold these settings; save as .png, or leave metadata out."
-            )
-    with replacing(target) as temporary:
-        picture.save(temporary, **options)
+            options["comment"] = text.encode()
+    return write_whole(target, lambda place: picture.save(place, **options), overwrite=overwrite)
+
+
+def picture_comment(path: Path, metadata: Mapping[str, object]) -> str:
+    """Return the text that keeps settings inside a picture.
+
+    Raises:
+        ArgumentError: when the format cannot hold it.
+    """
+    text, kind = pack(metadata), path.suffix.lower()
+    if kind == ".png" or (kind in (".jpg", ".jpeg") and len(text.encode()) <= _JPEG_COMMENT_BYTES):
+        return text
+    raise ArgumentError(f"{path} cannot hold these settings; save as .png, or leave metadata out.")
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:

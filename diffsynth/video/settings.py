@@ -16,18 +16,43 @@ from diffsynth.errors import ArgumentError, MediaNotFoundError, MediaReadError
 from diffsynth.video.paths import IMAGE_SUFFIXES
 
 TAG = "comment"
-MAX_LENGTH = 4 << 20  # of settings that are read; ours have a thousandth of that
 
 
 def pack(metadata: Mapping[str, object]) -> str:
-    """Return the settings as JSON; a value that JSON does not know is written as its text.
+    """Return the settings as JSON that UTF-8 holds; a value that JSON does not know is written as its text.
 
     Raises:
         ArgumentError: when ``metadata`` is no mapping from names to values.
     """
     if not isinstance(metadata, Mapping) or not all(isinstance(name, str) for name in metadata):
         raise ArgumentError(f"metadata is {metadata!r}; give a mapping from names to values.")
-    return json.dumps(dict(metadata), ensure_ascii=False, default=str)
+    text = json.dumps(dict(metadata), ensure_ascii=False, default=str)
+    # Names of files are bytes, which need not be UTF-8; escapes keep them as they are.
+    return text if is_utf8(text) else json.dumps(dict(metadata), default=str)
+
+
+def check_text(name: str, value: object) -> None:
+    """Make sure that a text, or each text of a list, can be read by a model and written into a file.
+
+    Raises:
+        ArgumentError: for bytes that are not UTF-8.
+    """
+    for text in [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []:
+        if isinstance(text, str) and not is_utf8(text):
+            shown = text.encode(errors="backslashreplace").decode()
+            raise ArgumentError(
+                f"{name} is not UTF-8: '{shown[:200]}'. Write it in UTF-8; of a text in Latin-1, "
+                "iconv -f latin1 -t utf-8 FILE makes one."
+            )
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written: bytes of a command line that are not UTF-8 come as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, object]:
@@ -49,8 +74,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, object]:
     is_picture = path.suffix.lower() in (*IMAGE_SUFFIXES, ".gif")
     text = _picture_comment(path) if is_picture else _video_comment(path)
     try:
-        settings = json.loads(text) if len(text) <= MAX_LENGTH else None
-    except (ValueError, RecursionError):
+        settings = json.loads(text)
+    except ValueError:
         return {}
     return settings if isinstance(settings, dict) else {}
 
@@ -75,7 +100,7 @@ def _picture_comment(path: Path) -> str:
     try:
         with Image.open(path) as image:
             comment = image.info.get(TAG, "")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError) as error:
         raise MediaReadError(f"{path} is not a picture that can be read: {error}.") from error
     return comment.decode("utf-8", "replace") if isinstance(comment, bytes) else str(comment)
 

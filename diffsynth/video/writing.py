@@ -20,6 +20,8 @@ from diffsynth.video.paths import (
     VIDEO_SUFFIXES,
     check_output_path,
     disk_errors,
+    publish,
+    remove_leftovers,
     temporary_beside,
 )
 from diffsynth.video.pixels import Frame, Frames, as_rgb8, iterate_frames
@@ -72,7 +74,9 @@ class VideoWriter:
                 f"pictures, save_image one of them, and a video ends in {', '.join(VIDEO_SUFFIXES)}."
             )
         self.path = check_output_path(save_path, suffixes=VIDEO_SUFFIXES)
+        remove_leftovers(self.path.parent)
         self.num_frames = 0  # written so far
+        self.overwrites = True  # False: a file of this name stays, and `path` becomes the next number
         self._rate = frame_rate(fps)
         self._encoding = choose_encoding(
             self.path.suffix.lower(),
@@ -124,14 +128,20 @@ class VideoWriter:
         if self._is_done:
             return
         with self._removed_on_failure(), disk_errors(self.path, f" after {self.num_frames} frames"):
-            if self._container is None:
-                raise ArgumentError(f"no frame was given for {self.path}; a video needs one or more.")
-            self._container.mux(self._stream.encode())
-            self._container.close()
-            if self._comment is not None and self._encoding.container == "gif":
-                insert_gif_comment(self._temporary, self._comment)
-            os.replace(self._temporary, self.path)
+            self._complete()
+            self.path = publish(self._temporary, self.path, overwrite=self.overwrites)
         self._is_done = True
+
+    def rehearse(self, height: int, width: int) -> None:
+        """Write one black frame of this size in pixels, and remove it: tells at once what would fail later.
+
+        Raises:
+            ArgumentError, OutputPathError: as `write` and `close`.
+        """
+        self.write(np.zeros((height, width, 3), dtype=np.uint8))
+        with self._removed_on_failure(), disk_errors(self.path):
+            self._complete()
+        self.abort()
 
     def abort(self) -> None:
         """Stop, and remove what was written. A file that had the name before stays as it was."""
@@ -167,6 +177,14 @@ class VideoWriter:
         except BaseException:
             self.abort()
             raise
+
+    def _complete(self) -> None:
+        if self._container is None:
+            raise ArgumentError(f"no frame was given for {self.path}; a video needs one or more.")
+        self._container.mux(self._stream.encode())
+        self._container.close()
+        if self._comment is not None and self._encoding.container == "gif":
+            insert_gif_comment(self._temporary, self._comment)
 
     def _open(self, height: int, width: int) -> None:
         import av
