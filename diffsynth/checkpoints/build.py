@@ -41,7 +41,8 @@ def build(match: Match, dtype: torch.dtype | None = None, device: str | torch.de
             CPU a weight that needs no cast stays a view of the mapped file: no memory of its own.
             ``torch.float8_e4m3fn`` keeps the layers in fp8 that the network's ``fp8_policy`` names, and all
             else in bfloat16.
-        device: where the weights shall be.
+        device: where the weights shall be; "meta": nothing is read, the network is its outline: names, shapes
+            and dtypes.
 
     Raises:
         UnsupportedModelError: when this version does not build the network.
@@ -57,8 +58,13 @@ def build(match: Match, dtype: torch.dtype | None = None, device: str | torch.de
     names = [name for name in match.checkpoint.shapes if not name.startswith(unread)]
     _check_tensors(match, network, names)
     kept: set[str] = set()
+    is_outline = torch.device(device).type == "meta"
+    if is_outline and dtype is not None:
+        network.to(torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype)
     if dtype == torch.float8_e4m3fn:
         dtype, kept = torch.bfloat16, _make_fp8(network)
+    if is_outline:
+        return network.requires_grad_(False).eval()
     weights: dict[str, Tensor] = {}
     for name in names:
         if name in kept:

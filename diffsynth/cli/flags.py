@@ -7,7 +7,8 @@ Nothing here imports torch, so that ``--help`` costs none; a test keeps the tabl
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import wraps
@@ -173,6 +174,30 @@ DECODE_FLAGS: tuple[Flag, ...] = (
     Flag(name="fps", kind=float, panel=FILE, help="Frames per second; as in the run, else 16."),
     *(flag for flag in FLAGS if flag.name in _SHARED),
 )  # fmt: skip
+
+
+def command_line(words: Sequence[str], values: Mapping[str, Any], flags: Sequence[Flag]) -> str:
+    """Return a line for a shell: ``words``, and each flag whose value is not its default.
+
+    Args:
+        words: the command, and what stands in front of the flags.
+        values: of the flags, by name; those that are missing are left out.
+        flags: in the order of the line.
+    """
+    line = [*words]
+    for flag in flags:
+        value = values.get(flag.name)
+        if value is None or value == flag.default or value in ([], ()):
+            continue
+        spellings = (flag.spellings or ("--" + flag.name.replace("_", "-"),))[0].split("/")
+        if isinstance(value, bool):
+            line.append(spellings[0 if value else -1])
+        elif isinstance(value, tuple):
+            line += [spellings[0], *map(str, value)]
+        else:
+            for one in value if isinstance(value, list) else [value]:
+                line += [spellings[0], str(getattr(one, "source", one))]
+    return shlex.join(line)
 
 
 def short_dtype(name: str) -> str:

@@ -14,6 +14,7 @@ import typer
 
 from diffsynth.cli.flags import FLAGS, TORCH_NAMES
 from diffsynth.cli.naming import Names, naming_of
+from diffsynth.cli.origins import inputs_told
 from diffsynth.cli.output import (
     ENCODER_OPTIONS,
     FPS,
@@ -25,7 +26,7 @@ from diffsynth.cli.output import (
     log_to_stderr,
     write_video,
 )
-from diffsynth.cli.preview import NUM_SEEDS, save_sheet, smaller
+from diffsynth.cli.preview import NUM_SEEDS, line_for_refining, save_sheet, smaller
 from diffsynth.cli.text_on_cpu import text_on_cpu
 from diffsynth.errors import ArgumentError, CheckpointNotFoundError, DiffSynthError, MissingModelError
 from diffsynth.video import VideoData, load_image
@@ -95,7 +96,8 @@ def make(prompt: str, values: Mapping[str, Any]) -> None:
         pipe = _load(values)
         for path, strength in loras:
             pipe.load_lora(path, strength)
-        more: dict[str, object] = {}  # settings that the call itself does not tell
+        inputs = inputs_told(values)
+        more: dict[str, object] = {"inputs": inputs} if inputs else {}  # what the call does not tell
         if values["preview"]:
             arguments, more["preview_of"] = smaller(arguments, pipe.parts)
         _check_size(pipe, arguments, output)
@@ -106,7 +108,8 @@ def make(prompt: str, values: Mapping[str, Any]) -> None:
         settings = _settings(pipe, output, loras, more)
         paths = _write(pipe, latents, output, settings, values, started)
         if output.names.sheet is not None:
-            typer.echo(save_sheet(paths, settings, output.names.sheet, overwrite=output.names.overwrites))
+            sheet = save_sheet(paths, settings, output.names.sheet, overwrite=output.names.overwrites)
+            typer.echo(f"{sheet}; go on with: {line_for_refining(paths[0], values)}")
 
 
 def _write(

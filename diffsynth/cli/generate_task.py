@@ -95,7 +95,7 @@ def with_task(prompt: str, values: Mapping[str, Any]) -> dict[str, Any]:
         "has_default_out": has_default_out,
         "overwrite": kept["overwrite"] or "save_file" in given,  # as generate.py does
         "read_files": [given[name] for name in ("src_video", "src_mask") if name in given],
-        "offload": _switch(given.get("offload_model", "True")),
+        "offload": switch(given.get("offload_model", "True")),
         "t5_cpu": bool(given.get("t5_cpu")),
     }
 
@@ -248,7 +248,7 @@ def _is_there(value: object) -> bool:
     return value is not None and value not in ([], ())
 
 
-def _switch(text: str) -> bool:
+def switch(text: str) -> bool:
     """A truth value as generate.py writes it."""
     try:
         return SWITCHES[text.strip().lower()]
@@ -303,8 +303,9 @@ def fit_source(num_frames: int, height: int, width: int, *, area: int, max_frame
 class Picked(Sequence["Frame"]):
     """Some frames of a video, each read when it is asked for."""
 
-    def __init__(self, video: VideoData, frames: Sequence[int]) -> None:
+    def __init__(self, video: VideoData, frames: Sequence[int], source: Path) -> None:
         self._video, self._frames = video, frames
+        self.source = source  # of the video
 
     def __len__(self) -> int:
         return len(self._frames)
@@ -337,6 +338,6 @@ def _of_source(task: Task, given: Mapping[str, Any], kept: Mapping[str, Any]) ->
     fit = fit_source(length, *video.shape(), area=size[0] * size[1], max_frames=max_frames)
     told = {"height": fit.height, "width": fit.width, "num_frames": len(fit.frames)}
     return {
-        **told, "vace_video": Picked(video, fit.frames),
-        "vace_video_mask": None if mask is None else Picked(mask, fit.frames),
+        **told, "vace_video": Picked(video, fit.frames, given["src_video"]),
+        "vace_video_mask": None if mask is None else Picked(mask, fit.frames, given["src_mask"]),
     }  # fmt: skip

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffsynth.cli.flags import FLAGS, command_line
 from diffsynth.cli.output import as_spelled, is_picture
+from diffsynth.cli.task_flags import REFINE_FLAGS
+from diffsynth.cli.tasks import REFINE_TASK
 from diffsynth.video import VideoData, load_image
 from diffsynth.video.contact_sheet import Cell, Layout, contact_sheet, size_in
 from diffsynth.video.images import write_image
@@ -92,7 +94,24 @@ def save_sheet(
     sheet = contact_sheet(cells, Layout(size=size, num_pictures=count, num_lines=0, columns=1))
     about = {**settings[0], "sheet_of": [path.name for path in paths]}
     made = as_spelled(target, write_image(sheet, target, metadata=about, overwrite=overwrite))
-    return f"{made}: {len(paths)} previews; go on with: diffsynth refine --from {shlex.quote(str(paths[0]))}"
+    return f"{made}: {len(paths)} previews"
+
+
+def line_for_refining(path: Path, values: Mapping[str, Any]) -> str:
+    """The command that makes a preview large: with the flags that its file does not tell.
+
+    Args:
+        path: of the preview.
+        values: of the run, by names of `FLAGS`, with ``offload`` and ``t5_cpu``.
+    """
+    files = [flag.name for flag in FLAGS if flag.kind in (Path, list[Path])]
+    inside = {flag.name for flag in FLAGS if flag.is_call} - {*files} | {"precision", "fps", "out"}
+    flags = [flag for flag in REFINE_FLAGS if flag.name not in inside]
+    if not (values["offload"] or values["t5_cpu"]):
+        return command_line(["diffsynth", "refine", "--from", str(path)], values, flags)
+    words = ["diffsynth", "generate", "--task", REFINE_TASK, "--input_video_path", str(path)]
+    words += [] if values["offload"] else ["--offload_model", "False"]
+    return command_line(words + ["--t5_cpu"] * bool(values["t5_cpu"]), values, flags)
 
 
 def _moments(path: Path) -> tuple[Frame, ...]:

@@ -5,22 +5,21 @@ Everything that the preview's file tells is as it was, unless a flag says otherw
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from diffsynth.cli.flags import FLAGS
-from diffsynth.cli.generate_task import parse_size, renamed
+from diffsynth.checkpoints.named import printable
+from diffsynth.cli.flags import FLAGS, Flag, command_line
+from diffsynth.cli.generate_task import parse_size, renamed, switch
+from diffsynth.cli.origins import with_origins
 from diffsynth.cli.output import is_picture
 from diffsynth.cli.preview import KEY
-from diffsynth.cli.task_flags import BESIDE_FLAGS, NOT_REFINED, TASK_FLAGS
+from diffsynth.cli.task_flags import BESIDE_FLAGS, NOT_REFINED, REFINE_FLAGS, TASK_FLAGS
 from diffsynth.errors import ArgumentError, UnusedInputError
 from diffsynth.video import load_image, read_metadata
-
-logger = logging.getLogger("diffsynth")
 
 STRENGTH = 0.5  # keeps shapes, colours and motion, and draws detail anew
 LARGER = 2  # each side, where neither --size nor the file says more
@@ -28,7 +27,7 @@ LARGER = 2  # each side, where neither --size nor the file says more
 _OF_THAT_RUN = ("height", "width", "max_area", "denoising_strength", "num_inference_steps", "preset")
 TASK_READS = (
     "task", "prompt_text", "size", "input_video_path", "ckpt_dir", "save_file", "base_seed", "sample_solver",
-    "sample_steps", "sample_shift", "sample_guide_scale",
+    "sample_steps", "sample_shift", "sample_guide_scale", "offload_model", "t5_cpu", "convert_model_dtype",
 )  # fmt: skip
 _LEFT_OUT = {"strict": False, "preview": False}  # values of flags that refine does not have
 
@@ -73,9 +72,11 @@ def refined_by_task(prompt: str | None, values: Mapping[str, Any]) -> tuple[str,
         raise ArgumentError("--task video_super_resolution needs --input_video_path FILE.")
     given = {flag: values[flag] for flag in TASK_READS if values[flag] is not None}
     ours = {name: value for name, value in values.items() if name not in own}
+    where = {"offload": switch(given.get("offload_model", "True")), "t5_cpu": bool(given["t5_cpu"])}
     overwrite = ours["overwrite"] or "save_file" in given  # as generate.py does
-    told = {**ours, **renamed(given, ours), "size": values["size"], "overwrite": overwrite}
-    return refined(values["input_video_path"], prompt, told)
+    ours.update(renamed(given, ours), size=values["size"], overwrite=overwrite)
+    told, merged = refined(values["input_video_path"], prompt, ours)
+    return told, {**merged, **where}
 
 
 def refined(source: Path | None, prompt: str | None, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -87,15 +88,16 @@ def refined(source: Path | None, prompt: str | None, values: Mapping[str, Any]) 
         values: of the flags that were given; they win.
 
     Raises:
-        ArgumentError: for a file without settings, or a size told twice.
+        ArgumentError: for a file without settings or with impossible ones, or a size told twice.
         MediaNotFoundError, MediaReadError: when the file cannot be read.
+        CheckpointNotFoundError, AmbiguousModelError: see `with_origins`.
     """
     from diffsynth.pipelines.presets import preset_values
 
     if source is None:
         raise ArgumentError("--from is missing; give the video to go on from: --from video-2.mp4.")
     settings = read_metadata(source)
-    told = settings.get("prompt") if prompt is None else prompt
+    told = settings.get("prompt", "") if prompt is None else prompt
     if not isinstance(told, str) or "seed" not in settings:
         raise ArgumentError(
             f"{source} does not tell how it was made; diffsynth generate keeps that in its files, and many "
@@ -108,17 +110,48 @@ def refined(source: Path | None, prompt: str | None, values: Mapping[str, Any]) 
         merged["out"] = source.with_stem(f"{source.stem}-refined")
     calls = {flag.name for flag in FLAGS if flag.is_call} - {*_OF_THAT_RUN, *NOT_REFINED}
     calls -= preset_values({"preset": merged["preset"]}).keys()
-    for name in (*sorted(calls), "precision", *(() if is_picture(merged["out"]) else ("fps",))):
-        if merged[name] in (None, [], ()) and name in settings:
-            merged[name] = settings[name]
+    calls |= {"precision"} if is_picture(merged["out"]) else {"precision", "fps"}
+    for flag in FLAGS:
+        if flag.name in calls and merged[flag.name] in (None, [], ()) and settings.get(flag.name) is not None:
+            merged[flag.name] = _setting(source, settings, flag)
     merged["input_video"] = [load_image(source)] if is_picture(source) else source
     if merged["denoising_strength"] is None:
         merged["denoising_strength"] = STRENGTH
     merged.update(_size(source, settings, values))
     if merged["num_inference_steps"] is None and merged["preset"] is None:
         merged["num_inference_steps"] = _steps(settings, merged["denoising_strength"])
-    _tell_what_is_not_inside(source, settings, merged)
-    return told, merged
+    typed = command_line(["diffsynth", "refine"], {**values, "source": source}, REFINE_FLAGS)
+    return told, with_origins(source, settings, merged, typed)
+
+
+def _setting(source: Path, settings: Mapping[str, object], flag: Flag) -> Any:
+    """The file's value of a flag; None where the flag names files, which a file may not choose."""
+    value, kind = settings[flag.name], flag.kind
+    if kind in (Path, list[Path]):
+        return None
+    if kind is float and isinstance(value, int):
+        value = float(value) if abs(value) < 2**53 else None
+    choices = [each.value for each in kind] if isinstance(kind, type) and issubclass(kind, Enum) else None
+    if choices is not None:
+        is_fine = value in choices
+    elif kind == tuple[int, int]:
+        is_fine = isinstance(value, list) and len(value) == 2 and all(map(_is_whole, value))
+        value = tuple(value) if isinstance(value, list) else value
+    elif kind is float:
+        is_fine = isinstance(value, float) and math.isfinite(value)
+    else:
+        is_fine = _is_whole(value) if kind is int else isinstance(value, kind)
+    if not is_fine:
+        spelling = command_line((), {flag.name: "VALUE"}, [flag])
+        raise ArgumentError(
+            f"{source} tells {flag.name} is {printable(repr(settings[flag.name]), 60)}, which cannot be; it "
+            f"was changed. Give it yourself: {spelling}."
+        )
+    return value
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _size(source: Path, settings: Mapping[str, object], values: Mapping[str, Any]) -> dict[str, int]:
@@ -129,30 +162,31 @@ def _size(source: Path, settings: Mapping[str, object], values: Mapping[str, Any
             raise ArgumentError(f"--size replaces --{' and --'.join(given)}; give one or the other.")
         width, height = parse_size(values["size"])
         return {"height": height, "width": width}
-    own = {side: int(str(settings.get(side, 0))) for side in ("height", "width")}
+    own = {side: _count(settings.get(side)) for side in ("height", "width")}
     if not all(own.values()):
         raise ArgumentError(f"{source} does not tell its own size; give --size WIDTH*HEIGHT.")
-    full = settings.get(KEY)
-    wanted = {side: LARGER * pixels for side, pixels in own.items()}
-    if isinstance(full, Mapping):
-        area = full.get("max_area")
-        scale = math.sqrt(float(area) / (own["height"] * own["width"])) if area else 1.0
-        wanted = {side: int(full.get(side, round(own[side] * scale / 32) * 32)) for side in own}
-    return {**wanted, **given}
+    full = _full_run(settings)
+    area = _count(full.get("max_area"))
+    scale = math.sqrt(area / (own["height"] * own["width"])) if area else 1.0
+    sides = {side: round(pixels * scale / 32) * 32 for side, pixels in own.items()}
+    wanted = {side: _count(full.get(side)) or sides[side] for side in own}
+    return {**(wanted if full else {side: LARGER * pixels for side, pixels in own.items()}), **given}
 
 
 def _steps(settings: Mapping[str, object], strength: float) -> int:
     """As many as the full run has below the noise level where this one begins."""
+    steps = _count(_full_run(settings).get("num_inference_steps")) or _count(
+        settings.get("num_inference_steps")
+    )
+    return max(1, math.ceil((steps or 50) * strength))
+
+
+def _full_run(settings: Mapping[str, object]) -> Mapping[str, object]:
+    """Size and steps of the run that a preview was made for; empty for another video."""
     full = settings.get(KEY)
-    steps = full.get("num_inference_steps") if isinstance(full, Mapping) else None
-    steps = settings.get("num_inference_steps") if steps is None else steps
-    return max(1, math.ceil(int(str(steps or 50)) * strength))
+    return full if isinstance(full, Mapping) else {}
 
 
-def _tell_what_is_not_inside(source: Path, settings: Mapping[str, object], values: Mapping[str, Any]) -> None:
-    models, loras = settings.get("models"), settings.get("loras")
-    if isinstance(models, Mapping) and not values["model"]:
-        logger.info("%s was made with %s.", source, ", ".join(map(str, models.values())))
-    if isinstance(loras, Mapping) and not values["lora"]:
-        names = " ".join(f"--lora {name}:{strength}" for name, strength in loras.items())
-        logger.warning("%s was made with LoRAs, and none is given now: %s", source, names)
+def _count(value: object) -> int:
+    """A number of pixels or steps; 0 for what is none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31 else 0

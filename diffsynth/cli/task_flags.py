@@ -5,6 +5,7 @@ Sources: Wan2.1 ``generate.py`` (9737cba), Wan2.2 ``generate.py`` (42bf4cf).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,11 @@ EXTEND_FLAGS = (
 # of `generate`, but not of `refine`: read from the file, or decided by it
 NOT_REFINED = ("input_video", "max_area", "num_videos_per_prompt", "preview", "strict")
 
+_REFINE_HELP = {
+    "model": "Folder or file, or a hub id with --download. Default: the one that the file names, where it "
+             "lies in this folder, the file's folder or models/.",
+    "lora": "As of `generate`; default: those that the file names, found as --model is. none: without them.",
+}  # fmt: skip
 # what `make` reads beside the values of flags, with what it is where nothing says otherwise
 BESIDE_FLAGS: dict[str, object] = {
     "offload": False,  # networks rest on the host
@@ -100,5 +106,8 @@ REFINE_FLAGS: tuple[Flag, ...] = (
     Flag(name="source", kind=Path, panel=VIDEO, spellings=("--from",),
          help="What `generate --preview` or `generate` wrote: its settings are inside."),
     SIZE_FLAG,
-    *(flag for flag in FLAGS if flag.name not in NOT_REFINED),
+    *(
+        replace(flag, help=_REFINE_HELP.get(flag.name, flag.help))
+        for flag in FLAGS if flag.name not in NOT_REFINED
+    ),
 )  # fmt: skip

@@ -10,6 +10,7 @@ is the only one: the log says that it was taken.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -107,17 +108,22 @@ class TextCache:
         return entries[0] if entries else None
 
 
-def fingerprint(encoder: object) -> bytes:
+def fingerprint(encoder: object, read: Callable[[str], Tensor] | None = None) -> bytes:
     """What tells one network from another: its class; name, shape, dtype, some bytes of each weight.
 
     A network may have more that decides its results, in ``identity_beside_weights``.
+
+    Args:
+        encoder: a network.
+        read: gives a weight by its name, where the network is an outline without weights.
     """
     import torch
     from torch import nn
 
     told = sha256(type(encoder).__qualname__.encode() + getattr(encoder, "identity_beside_weights", b""))
     if isinstance(encoder, nn.Module):
-        for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers()):
+        for name, own in (*encoder.named_parameters(), *encoder.named_buffers()):
+            tensor = own if read is None else read(name)
             told.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
             flat = tensor.detach().flatten()
             count = SAMPLED_BYTES // tensor.element_size()

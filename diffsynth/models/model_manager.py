@@ -254,7 +254,10 @@ class ModelManager:
             entry.model.to(resolved_device(device))
 
     def _add(self, match: Match, model: nn.Module, dtype: torch.dtype | None) -> None:
+        self.loaded.append(LoadedModel(match.name, model, match.checkpoint.paths, match))
         tensors = [*model.parameters(), *model.buffers()]
+        if all(tensor.is_meta for tensor in tensors):  # an outline: nothing was loaded
+            return
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         dtypes = sorted({dtype_name(t.dtype) for t in model.parameters() if t.is_floating_point()})
         amount = f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
@@ -272,7 +275,6 @@ class ModelManager:
                 ", ".join(match.left_over[:3]),
                 " ..." if len(match.left_over) > 3 else "",
             )
-        self.loaded.append(LoadedModel(match.name, model, match.checkpoint.paths, match))
 
 
 def _plain_paths(paths: tuple[Path, ...]) -> str | list[str]:

@@ -22,6 +22,7 @@ from urllib.parse import unquote_to_bytes
 
 from diffsynth import __version__
 from diffsynth.checkpoints.checkpoint import Checkpoint
+from diffsynth.checkpoints.named import TINY, name_of
 from diffsynth.checkpoints.saving import save_tensors
 from diffsynth.errors import ArgumentError, NotFiniteError, OutputPathError
 from diffsynth.tiny import tiny_folder
@@ -40,7 +41,6 @@ SUFFIX = ".latents.safetensors"
 STEPS_SUFFIX = ".steps.safetensors"
 HEADER_BYTES = 1 << 16  # of the file, at most: prompts and settings
 _URI = "file://"  # a path whose bytes are not UTF-8
-_TINY = "tiny:"  # the shipped VAE is found wherever the package is installed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +110,7 @@ def provenance(
         settings: its ``last_settings``.
     """
     given = {name: value for name, value in settings.items() if value not in ("", None)}
-    sources = {part: "/".join(Path(source).parts[-2:]) for part, source in parts.sources.items()}
+    sources = {part: name_of(source) for part, source in parts.sources.items()}
     return {"diffsynth": __version__, **given, "precision": precision, "models": sources}
 
 
@@ -306,15 +306,15 @@ def shell_word(text: str) -> str:
 def _origin(source: str) -> str:
     path = Path(source.partition(" (+")[0]).expanduser().resolve()
     if path.parent == tiny_folder().resolve():
-        return _TINY + path.name
+        return TINY + path.name
     return str(path) if is_utf8(str(path)) else path.as_uri()
 
 
 def _existing(origin: str | None) -> Path | None:
     if origin is None:
         return None
-    if origin.startswith(_TINY):
-        path = tiny_folder() / origin.removeprefix(_TINY)
+    if origin.startswith(TINY):
+        path = tiny_folder() / origin.removeprefix(TINY)
     elif origin.startswith(_URI):
         path = Path(os.fsdecode(unquote_to_bytes(origin.removeprefix(_URI))))
     else:

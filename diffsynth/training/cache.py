@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -37,13 +37,8 @@ from diffsynth.errors import (
 from diffsynth.training.cache_config import CacheConfig
 from diffsynth.training.cache_encode import GB, Job, Tally, encode_all
 from diffsynth.training.cache_hashes import FileHashes
-from diffsynth.training.cache_keys import (
-    Encoders,
-    cached_files,
-    facts_of_sample,
-    folder_of,
-    sample_path,
-)
+from diffsynth.training.cache_keys import Maker, cached_files, folder_of, sample_path
+from diffsynth.training.cache_lookup import CacheLookup
 from diffsynth.training.cache_writer import remove_leftovers
 from diffsynth.training.dataset.clips import Clip, DatasetPlan, Dropped
 from diffsynth.training.dataset.columns import known_columns
@@ -52,6 +47,7 @@ from diffsynth.training.dataset.planning import write_dropped
 from diffsynth.training.dataset.reading import ClipPixels, read_clip
 from diffsynth.training.samples import EncodedSample
 from diffsynth.training.stopping import Stopped, Wishes
+from diffsynth.video.paths import why_not_writable
 
 if TYPE_CHECKING:
     from diffsynth.pipelines.components import PipelineComponents
@@ -130,6 +126,7 @@ def process(
     if leftovers := remove_leftovers(folders, world):
         logger.info("%d files that were cut off while they were written are removed.", len(leftovers))
     todo = _missing(jobs)
+    _check_folders((job.path.parent for job in todo), config)
     _check_room(todo, pipe.parts, config)
     with tqdm(total=len(todo), desc="encode", unit="clip", disable=rank != 0) as bar:
         tally = Tally(bar=bar, strict=config.strict, dropped=dropped)
@@ -210,44 +207,60 @@ def _jobs(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputPathError(f"cache_dir {folder} cannot be made: {error.strerror}.") from error
-    hashes, encoders = FileHashes(folder, rank), Encoders.of(parts)
+    there = cached_files(folder_of(clip.item.media, config.cache_dir) for clip in clips)
+    places = ((folder_of(clip.item.media, config.cache_dir), clip.item.media.name) for clip in clips)
+    # Before the files are read whole; what lies there may turn out to be another run's.
+    _check_folders((place[0] for place in places if place not in there), config)
+    hashes, maker = FileHashes(folder, rank), Maker.of(parts, config)
     media = dict.fromkeys(clip.item.media for clip in clips)
     bar.total = len(media)
     hashes.learn(media, config.workers, lambda _: bar.update())
+    lookup = CacheLookup(clips, maker, hashes, config.cache_dir)
     jobs, dropped = [], []
     for clip in clips:
         try:
-            meta = facts_of_sample(clip, hashes, encoders, parts, config)
+            meta = {**lookup.wanted(clip), "media": clip.item.media.name, "made_with": maker.about}
+            kept = _kept(lookup, clip)
         except OSError as error:
             if config.strict:
                 raise MediaReadError(f"{clip.item.media} cannot be read: {error}") from error
             logger.warning("%s is left out: %s", clip.item.media, error)
             dropped.append(Dropped(media=clip.item.media, reason=str(error), dataset=clip.dataset))
             continue
-        jobs.append(
-            Job(clip=clip, meta=meta, path=sample_path(clip.item.media, meta["key"], config.cache_dir))
-        )
+        path = kept or sample_path(clip.item.media, meta["key"], config.cache_dir)
+        jobs.append(Job(clip=clip, meta=meta, path=path, is_made=kept is not None))
     hashes.save()
     return jobs, dropped
+
+
+def _check_folders(folders: Iterable[Path], config: CacheConfig) -> None:
+    """Say before the work that samples cannot be written."""
+    for folder in dict.fromkeys(folders):
+        if folder.is_dir() and (reason := why_not_writable(folder)):
+            raise OutputPathError(
+                f"Samples cannot be written beside the media in {folder} ({reason}): set cache.cache_dir to "
+                "a folder for them."
+                if config.cache_dir is None
+                else f"cache.cache_dir is {folder}, which cannot be written ({reason}); give another folder."
+            )
+
+
+def _kept(lookup: CacheLookup, clip: Clip) -> Path | None:
+    """The clip's sample that is there already, and whole."""
+    try:
+        return next((header.path for header in lookup.own(clip)), None)
+    except DiffSynthError as error:
+        logger.warning("%s has a sample that is made anew: %s", clip.item.media.name, error)
+        return None
 
 
 def _missing(jobs: Sequence[Job]) -> list[Job]:
     """Jobs without a whole file, each file once; equal captions stand together, so that none comes twice."""
     by_caption: dict[str, dict[Path, Job]] = {}
     for job in jobs:
-        if not _is_whole(job):
+        if not job.is_made:
             by_caption.setdefault(job.clip.item.caption, {})[job.path] = job
     return [job for group in by_caption.values() for job in group.values()]
-
-
-def _is_whole(job: Job) -> bool:
-    if not job.path.exists():
-        return False
-    try:
-        return EncodedSample.header(job.path).id == job.meta["key"]
-    except DiffSynthError as error:
-        logger.warning("%s is made anew: %s", job.path.name, error)
-        return False
 
 
 def _check_room(jobs: Sequence[Job], parts: PipelineComponents, config: CacheConfig) -> None:

@@ -40,6 +40,7 @@ class Job:
     clip: Clip
     path: Path
     meta: Mapping[str, str]
+    is_made: bool = False  # the file is there, and whole
 
 
 @dataclass(kw_only=True)

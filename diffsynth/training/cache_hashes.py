@@ -37,6 +37,7 @@ class FileHashes:
         self._folder, self._rank = folder, rank
         self._known: dict[Path, dict[str, list[object]]] = {}  # index folder -> name -> size, mtime, hash
         self._changed: set[Path] = set()
+        self._refused: set[Path] = set()  # folders that cannot be written, told once
         self._lock = threading.Lock()
 
     def digest(self, path: Path) -> str:
@@ -74,14 +75,21 @@ class FileHashes:
             self.save()
 
     def save(self) -> None:
-        """Write what is new; a folder that cannot be written only costs time on the next run."""
-        for folder in sorted(self._changed):
+        """Write what is new; folders that cannot be written only cost time on the next run."""
+        refused: list[OutputPathError] = []
+        for folder in sorted(self._changed - self._refused):
             target = folder / f"{INDEX}-{self._rank}.json"
             try:
                 with replacing(target) as temporary:
                     temporary.write_text(json.dumps(self._known[folder]), encoding="utf-8")
             except OutputPathError as error:
-                logger.warning("Hashes of the files are not kept, the next run reads them anew: %s", error)
+                refused.append(error)
+                self._refused.add(folder)
+        if refused:
+            logger.warning(
+                "Hashes of files in %d folders are not kept, the next run reads them anew. The first: %s",
+                len(refused), refused[0],
+            )  # fmt: skip
         self._changed.clear()
 
     def _place(self, path: Path) -> tuple[Path, str]:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from diffsynth.conditioning.text import clean_prompt
 from diffsynth.conditioning.text_cache import fingerprint
 from diffsynth.training.cache_hashes import FileHashes, short_hash
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffsynth.conditioning.tokenizer import Tokenizer
     from diffsynth.pipelines.components import PipelineComponents
     from diffsynth.training.cache_config import CacheConfig
     from diffsynth.training.dataset.clips import Clip
@@ -29,34 +32,94 @@ SUFFIX = ".tensors.safetensors"
 KEYED = re.compile(rf"(?P<media>.+)\.(?P<key>[0-9a-f]{{16}}){re.escape(SUFFIX)}")
 # Facts of a sample that all samples of one training have in common.
 COMMON = ("preprocessing", "vae", "text_encoder", "image_encoder", "conditions", "tiles", "dtype")
+# What decides each of them, in the user's words.
+SETTINGS = {
+    "preprocessing": "the version that encoded",
+    "vae": "model.vae, model.dtype",
+    "text_encoder": "model.text_encoder, model.dtype",
+    "image_encoder": "model.image_encoder, model.dtype",
+    "conditions": "what model.dit reads",
+    "tiles": "cache.tiled, tile_size, tile_stride",
+    "dtype": "cache.dtype",
+    "tokens": "model.tokenizer",
+}
 # Facts of the clip alone, which training knows as well.
 OF_CLIP = ("file", "inputs", "caption", "transform")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Encoders:
-    """Who encoded: a hash of names, shapes, dtypes and sampled bytes of each network's weights."""
+class ReadsConditions(Protocol):
+    """What decides which conditions a sample holds: parts of a pipeline, or the facts of a DiT."""
 
-    vae: str
-    text_encoder: str
-    image_encoder: str  # "" where the DiT reads no image tokens
-    conditions: str  # which planes and image tokens the DiT reads, JSON
+    @property
+    def planes(self) -> Mapping[str, int]: ...
+
+    @property
+    def image_dim(self) -> int | None: ...
+
+    @property
+    def has_image_positions(self) -> bool: ...
+
+    @property
+    def holds_first_frame(self) -> bool: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Maker:
+    """What all samples of a run have in common, as far as the run can tell: see `Maker.facts_of`."""
+
+    facts: Mapping[str, str] = field(default_factory=dict)  # those of `COMMON` that are known
+    tokenizer: Tokenizer | None = None  # None: not known
+    about: str = ""  # the encoders' files and their dtype, for people
 
     @classmethod
-    def of(cls, parts: PipelineComponents) -> Encoders:
-        """Those of a pipeline."""
-        told = {
-            "planes": dict(parts.planes),
-            "image_tokens": parts.image_dim,
-            "two_images": parts.has_image_positions,
-            "holds_first_frame": parts.holds_first_frame,
+    def of(cls, parts: PipelineComponents, config: CacheConfig) -> Maker:
+        """The one that has encoders loaded: nothing is left open."""
+        encoders = {
+            "vae": identity(parts.vae),
+            "text_encoder": identity(parts.text_encoder),
+            "image_encoder": identity(parts.image_encoder) if parts.has_image_branch else "",
         }
         return cls(
-            vae=_identity(parts.vae),
-            text_encoder=_identity(parts.text_encoder),
-            image_encoder=_identity(parts.image_encoder) if parts.has_image_branch else "",
-            conditions=json.dumps(told, sort_keys=True),
-        )
+            facts={**encoders, **facts_of_settings(parts, config)}, tokenizer=parts.tokenizer,
+            about=told_encoders(parts),
+        )  # fmt: skip
+
+    def facts_of(self, clip: Clip, hashes: FileHashes) -> dict[str, str]:
+        """Everything that decides a sample, as far as it is known; where all is known, the key as well.
+
+        Raises:
+            OSError: when a file of the clip cannot be read.
+        """
+        facts = {**facts_of_clip(clip, hashes), **self.facts}
+        if self.tokenizer is None:
+            return facts
+        facts["tokens"] = short_hash([str(self.tokenizer.encode(clean_prompt(clip.item.caption)))])
+        if set(COMMON) <= facts.keys():
+            facts["key"] = short_hash([f"{name}={value}" for name, value in sorted(facts.items())])
+        return facts
+
+
+def told_encoders(parts: PipelineComponents) -> str:
+    """Files and dtype of the encoders, for people."""
+    names = ("vae", "text_encoder", "image_encoder")
+    files = [Path(parts.sources[name]).name for name in names if name in parts.sources]
+    return f"{', '.join(files)} in {str(parts.dtype).removeprefix('torch.')}" if files else ""
+
+
+def facts_of_settings(dit: ReadsConditions, config: CacheConfig) -> dict[str, str]:
+    """Those of `COMMON` that follow from settings and the DiT, whoever encodes."""
+    told = {
+        "planes": dict(dit.planes),
+        "image_tokens": dit.image_dim,
+        "two_images": dit.has_image_positions,
+        "holds_first_frame": dit.holds_first_frame,
+    }
+    return {
+        "preprocessing": VERSION,
+        "conditions": json.dumps(told, sort_keys=True),
+        "tiles": json.dumps([config.tile_size, config.tile_stride]) if config.tiled else "",
+        "dtype": config.dtype,
+    }
 
 
 def facts_of_clip(clip: Clip, hashes: FileHashes) -> dict[str, str]:
@@ -72,27 +135,6 @@ def facts_of_clip(clip: Clip, hashes: FileHashes) -> dict[str, str]:
         "caption": clip.item.caption,
         "transform": json.dumps(clip.transform(), sort_keys=True),
     }
-
-
-def facts_of_sample(
-    clip: Clip, hashes: FileHashes, encoders: Encoders, parts: PipelineComponents, config: CacheConfig
-) -> dict[str, str]:
-    """Everything that decides a sample, and its key; goes into the file's metadata."""
-    caption = clip.item.caption
-    ids = [] if parts.tokenizer is None else parts.tokenizer.encode(clean_prompt(caption))
-    facts = {
-        **facts_of_clip(clip, hashes),
-        "preprocessing": VERSION,
-        "vae": encoders.vae,
-        "text_encoder": encoders.text_encoder,
-        "image_encoder": encoders.image_encoder,
-        "conditions": encoders.conditions,
-        "tiles": json.dumps([config.tile_size, config.tile_stride]) if config.tiled else "",
-        "dtype": config.dtype,
-        "tokens": short_hash([str(ids)]),
-    }
-    key = short_hash([f"{name}={value}" for name, value in sorted(facts.items())])
-    return {**facts, "media": clip.item.media.name, "key": key}
 
 
 def sample_path(media: Path, key: str, cache_dir: str | None) -> Path:
@@ -123,15 +165,42 @@ def common_facts(meta: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def differing(first: Mapping[str, str], second: Mapping[str, str]) -> str:
-    """In words, in which common facts two samples differ."""
-    differ = [name for name in COMMON if first.get(name, "") != second.get(name, "")]
+    """In words, in which common facts two samples differ, and the settings that decide them."""
+    differ = [name for name in (*COMMON, "tokens") if first.get(name, "") != second.get(name, "")]
     return "; ".join(
-        f"{name}: {first.get(name) or 'none'} and {second.get(name) or 'none'}" for name in differ
+        f"{name}: {first.get(name) or 'none'} and {second.get(name) or 'none'} ({SETTINGS[name]})"
+        for name in differ
     )
 
 
-def _identity(network: object | None) -> str:
-    return "" if network is None else fingerprint(network).hex()[:16]
+def agree(meta: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+    """Whether a sample is what is wanted, as far as that is known."""
+    return all(
+        _read_conditions(meta.get(name, "")) == _read_conditions(value)
+        if name == "conditions"
+        else meta.get(name) == value
+        for name, value in wanted.items()
+        if name != "key"
+    )
+
+
+def _read_conditions(told: str) -> object:
+    """Without what the number of latent channels tells: clips may be encoded with no DiT to ask for it."""
+    try:
+        found = json.loads(told)
+    except ValueError:
+        return told
+    return {k: v for k, v in found.items() if k != "holds_first_frame"} if isinstance(found, dict) else told
+
+
+def identity(network: object | None, read: Callable[[str], Tensor] | None = None) -> str:
+    """Who encoded: a hash of names, shapes, dtypes and sampled bytes of the weights; "" for nobody.
+
+    Args:
+        network: an encoder.
+        read: gives its weights by name, where the network is an outline without them.
+    """
+    return "" if network is None else fingerprint(network, read).hex()[:16]
 
 
 def _told(value: object, hashes: FileHashes) -> object:

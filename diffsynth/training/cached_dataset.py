@@ -18,15 +18,8 @@ from diffsynth.errors import ArgumentError, MediaReadError
 from diffsynth.training.batches import Pick
 from diffsynth.training.cache_facts import DiTFacts
 from diffsynth.training.cache_hashes import FileHashes
-from diffsynth.training.cache_keys import (
-    OF_CLIP,
-    SUFFIX,
-    cached_files,
-    common_facts,
-    differing,
-    facts_of_clip,
-    folder_of,
-)
+from diffsynth.training.cache_keys import SUFFIX, Maker, common_facts, differing, folder_of
+from diffsynth.training.cache_lookup import CacheLookup
 from diffsynth.training.dataset.clips import Clip, DatasetPlan, Dropped, Steps
 from diffsynth.training.dataset.items import LIST_PREFIX
 from diffsynth.training.dataset.planning import write_dropped
@@ -128,6 +121,7 @@ def open_cache(
     source: DatasetPlan | str | Path | Sequence[str | Path],
     facts: DiTFacts | None = None,
     *,
+    maker: Maker | None = None,
     cache_dir: str | None = None,
     strict: bool = False,
     rank: int = 0,
@@ -138,6 +132,8 @@ def open_cache(
     Args:
         source: a plan; or cached files and folders of them, which are then taken as they are.
         facts: of the DiT; None leaves out the check against it.
+        maker: how the run encodes, with a plan: only its samples count. None leaves it open, and there may be
+            samples of one maker only.
         cache_dir: as in `CacheConfig`, with a plan.
         strict: a clip of the plan without a sample is an error; otherwise it is named and left out.
         rank: of this process; the first one writes the list.
@@ -149,7 +145,11 @@ def open_cache(
         CheckpointError: for a damaged sample.
     """
     if isinstance(source, DatasetPlan):
-        found, missing = _of_plan(source, facts, cache_dir, rank)
+        hashes = FileHashes(None if cache_dir is None else Path(cache_dir).expanduser(), rank)
+        hashes.learn(dict.fromkeys(clip.item.media for clip in source.clips), HASH_WORKERS, lambda _: None)
+        lookup = CacheLookup(source.clips, maker or Maker(), hashes, cache_dir)
+        found, missing = _of_plan(source, facts, lookup, cache_dir)
+        hashes.save()
         listed = list_folder if rank == 0 else None
         _tell_missing(missing, len(source.clips), strict, listed)
     else:
@@ -209,93 +209,77 @@ def _of_paths(source: str | Path | Sequence[str | Path]) -> list[SampleHeader]:
 
 
 def _of_plan(
-    plan: DatasetPlan, facts: DiTFacts | None, cache_dir: str | None, rank: int
+    plan: DatasetPlan, facts: DiTFacts | None, lookup: CacheLookup, cache_dir: str | None
 ) -> tuple[list[CachedClip], list[Clip]]:
-    """The sample of each clip, all by the same encoders; and the clips that have none."""
-    hashes = FileHashes(None if cache_dir is None else Path(cache_dir).expanduser(), rank)
-    hashes.learn(dict.fromkeys(clip.item.media for clip in plan.clips), HASH_WORKERS, lambda _: None)
-    files = cached_files(folder_of(clip.item.media, cache_dir) for clip in plan.clips)
-    known: dict[Path, SampleHeader] = {}
-    made_by: dict[tuple[str, ...], dict[int, SampleHeader]] = {}
-    for index, clip in enumerate(plan.clips):
-        for header in _candidates(clip, files, hashes, known, cache_dir):
-            made_by.setdefault(common_facts(header.meta), {})[index] = header
-    hashes.save()
-    if facts is not None:
-        # Samples for another kind of DiT may lie beside these; they only count where nothing fits.
-        fits = {k: v for k, v in made_by.items() if any(not _misfit(h, facts) for h in v.values())}
-        made_by = fits or made_by
-    chosen = _one_maker(made_by, plan)
-    missing = [clip for index, clip in enumerate(plan.clips) if index not in chosen]
-    return [
-        CachedClip(
-            header=chosen[index], id=chosen[index].id, dataset=clip.dataset, repeats=clip.repeats,
-            weight=clip.weight, caption_dropout=clip.caption_dropout, batch_size=clip.batch_size,
-            steps=clip.steps, moments=clip.moments,
-        )
-        for index, clip in enumerate(plan.clips)
-        if index in chosen
-    ], missing  # fmt: skip
-
-
-def _candidates(
-    clip: Clip,
-    files: Mapping[tuple[Path, str], list[Path]],
-    hashes: FileHashes,
-    known: dict[Path, SampleHeader],
-    cache_dir: str | None,
-) -> list[SampleHeader]:
-    """Samples of exactly this clip, whoever made them; v1's only where there is no other."""
-    folder, media = folder_of(clip.item.media, cache_dir), clip.item.media
-    try:
-        wanted = facts_of_clip(clip, hashes)
-    except OSError:
-        return []
-    found = []
-    for path in files.get((folder, media.name), []):
-        if path not in known:
-            known[path] = _read_header(path)
-        if all(known[path].meta.get(name) == wanted[name] for name in OF_CLIP):
-            found.append(known[path])
-    old = folder / f"{media.name}{V1_SUFFIX}"
-    if not found and old.is_file():
-        header = header_v1(old)
-        frames, height, width = clip.bucket
-        wanted_shape = ((frames - 1) // 4 + 1, height // V1_STRIDE, width // V1_STRIDE)
-        if header.latent_shape[2:] == wanted_shape:
-            found.append(header)
-    return found
-
-
-def _one_maker(
-    made_by: Mapping[tuple[str, ...], dict[int, SampleHeader]], plan: DatasetPlan
-) -> dict[int, SampleHeader]:
-    """Of several sets of encoders or settings the newest; it must have every clip that any other has."""
-    if not made_by:
-        return {}
-
-    def age(samples: Mapping[int, SampleHeader]) -> float:
-        return max(header.path.stat().st_mtime for header in samples.values())
-
-    # Never an older set for being more complete: it would be trained on after the encoders were changed.
-    chosen = max(made_by.values(), key=age)
-    for samples in made_by.values():
-        for index, header in samples.items():
-            if index not in chosen:
-                newer = next(iter(chosen.values()))
-                raise ArgumentError(
-                    f"{header.path} was not made like {newer.path}, which is newer "
-                    f"({differing(newer.meta, header.meta)}), and its clip has no newer one: {REMEDY}, or, "
-                    "where that leaves the clip out, remove the older file."
+    """The run's own sample of each clip; and the clips that have none, of anybody."""
+    found: list[CachedClip] = []
+    missing: list[Clip] = []
+    foreign: list[tuple[Clip, SampleHeader]] = []  # samples of other makers, where the run's is not there
+    for clip in plan.clips:
+        try:
+            own, others = _only(lookup.own(clip), facts), []
+            if own is None:
+                others = lookup.of_others(clip)
+        except OSError:
+            missing.append(clip)
+            continue
+        own = own or (None if others else _of_v1(clip, cache_dir))
+        if own is not None:
+            found.append(
+                CachedClip(
+                    header=own, id=own.id, dataset=clip.dataset, repeats=clip.repeats, weight=clip.weight,
+                    caption_dropout=clip.caption_dropout, batch_size=clip.batch_size, steps=clip.steps,
+                    moments=clip.moments,
                 )
-    if len(made_by) > 1:
-        one = next(iter(chosen.values()))
-        logger.info(
-            "%d of %d clips have samples of several encoders or settings; the newest are used, like %s.",
-            sum(any(i in s for s in made_by.values() if s is not chosen) for i in chosen),
-            len(plan.clips), one.path.name,
-        )  # fmt: skip
-    return chosen
+            )  # fmt: skip
+        elif others:
+            foreign.append((clip, min(others, key=lambda one: len(differing(lookup.wanted(clip), one.meta)))))
+        else:
+            missing.append(clip)
+    if foreign:
+        raise _of_another_maker(foreign, lookup, len(plan.clips))
+    return found, missing
+
+
+def _only(own: Sequence[SampleHeader], facts: DiTFacts | None) -> SampleHeader | None:
+    """One sample of a clip; refuses to choose between makers, except for what the DiT cannot read."""
+    # Samples for another kind of DiT may lie beside these; they only count where nothing fits.
+    fits = [header for header in own if facts is None or not _misfit(header, facts)] or list(own)
+    for header in fits[1:]:
+        raise ArgumentError(
+            f"{fits[0].path} and {header.path} are samples of one clip by two makers "
+            f"({differing(fits[0].meta, header.meta)}), and this run does not tell which of them it means: "
+            "name model.vae, model.text_encoder and model.image_encoder as when they were encoded, or "
+            f"{REMEDY} with cache.remove_stale, which removes the other."
+        )
+    return fits[0] if fits else None
+
+
+def _of_another_maker(
+    foreign: Sequence[tuple[Clip, SampleHeader]], lookup: CacheLookup, num_clips: int
+) -> ArgumentError:
+    clip, header = foreign[0]
+    wanted = lookup.wanted(clip)
+    known = {name: value for name, value in header.meta.items() if name in wanted}
+    theirs = f", by {header.meta['made_with']}" if header.meta.get("made_with") else ""
+    ours = f", by {lookup.maker.about}" if lookup.maker.about else ""
+    return ArgumentError(
+        f"{len(foreign)} of {num_clips} clips have no sample of this run{ours}, but one of another maker, as "
+        f"{header.path}{theirs}. What differs, this run's first: {differing(wanted, known)}. Give the "
+        f"settings that these were made with, or {REMEDY}; where that leaves a clip out, remove its other "
+        "samples."
+    )
+
+
+def _of_v1(clip: Clip, cache_dir: str | None) -> SampleHeader | None:
+    """The sample of DiffSynth v1, which says nothing of its maker: read where it is all there is."""
+    path = folder_of(clip.item.media, cache_dir) / f"{clip.item.media.name}{V1_SUFFIX}"
+    if not path.is_file():
+        return None
+    header = header_v1(path)
+    frames, height, width = clip.bucket
+    wanted = ((frames - 1) // 4 + 1, height // V1_STRIDE, width // V1_STRIDE)
+    return header if header.latent_shape[2:] == wanted else None
 
 
 def _tell_missing(missing: Sequence[Clip], num_clips: int, strict: bool, folder: Path | None) -> None:

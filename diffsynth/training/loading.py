@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,17 +15,24 @@ import torch
 from diffsynth.checkpoints.build import load_class
 from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.detect import detect
+from diffsynth.checkpoints.files import group_files
 from diffsynth.conditioning.text_cache import fingerprint
 from diffsynth.denoising.expert import Expert
-from diffsynth.errors import ArgumentError, MissingModelError
+from diffsynth.errors import (
+    ArgumentError,
+    CheckpointNotFoundError,
+    MissingModelError,
+    TokenizerNotFoundError,
+)
 from diffsynth.lora.formats import open_loras
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.models.registry import ARCHITECTURES
 from diffsynth.models.wan.dit import WanDiT
 from diffsynth.models.wan.dit_config import VAE22_CHANNELS
-from diffsynth.pipelines.components import PipelineComponents, collect
+from diffsynth.pipelines.components import ENCODERS, PipelineComponents, collect
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.training.cache_facts import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, DiTFacts, assuming
+from diffsynth.training.cache_keys import Maker, facts_of_settings, identity, told_encoders
 from diffsynth.training.cached_dataset import CachedDataset
 from diffsynth.training.config import ExpertsConfig, ModelSources, TrainConfig
 from diffsynth.training.dataset.clips import DatasetPlan
@@ -31,6 +40,8 @@ from diffsynth.training.dataset.planning import plan_dataset
 from diffsynth.training.learners import Denoiser, Learner
 from diffsynth.training.objective import FlowMatchObjective
 from diffsynth.training.tuning import WITH_FACTORS, TuneConfig, Tuned, tune
+
+logger = logging.getLogger("diffsynth")
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -104,6 +115,46 @@ def plan_data(config: TrainConfig, facts: DiTFacts) -> DatasetPlan:
     )  # fmt: skip
 
 
+def maker_of(config: TrainConfig, facts: DiTFacts) -> Maker:
+    """How this run encodes, told by the encoders' files: headers and some bytes of them are read.
+
+    Files that are not named, or not on this machine, leave open what they decide: training needs no encoder.
+    """
+    sources, paths = config.model, []
+    for name in ("text_encoder", "vae", "image_encoder"):
+        path = getattr(sources, name)
+        try:
+            if path is not None and group_files(path):
+                paths.append(path)
+        except CheckpointNotFoundError as error:
+            logger.info("Which samples are this run's is told without model.%s: %s", name, error)
+    manager = ModelManager(torch_dtype=encoder_dtype(sources), device="meta")
+    if paths:
+        manager.load_models(paths)
+    found = {} if facts.image_dim is not None else {"image_encoder": ""}
+    for entry in manager.loaded:
+        if (name := ENCODERS.get(entry.name, "")) and name not in found:
+            read = partial(entry.match.checkpoint.tensor, dtype=manager.torch_dtype)
+            found[name] = identity(entry.model, read)
+    facts_known = {**found, **facts_of_settings(facts, config.cache)}
+    try:
+        parts = collect(
+            manager,
+            device=torch.device("cpu"),
+            dtype=encoder_dtype(sources),
+            tokenizer_path=sources.tokenizer,
+        )
+    except TokenizerNotFoundError as error:
+        logger.info("Which samples are this run's is told without the tokenizer: %s", error)
+        return Maker(facts=facts_known)
+    return Maker(facts=facts_known, tokenizer=parts.tokenizer, about=told_encoders(parts))
+
+
+def encoder_dtype(sources: ModelSources) -> torch.dtype:
+    """Of the encoders' weights, which are never kept in fp8."""
+    return torch.bfloat16 if sources.dtype == "fp8" else DTYPES[sources.dtype]
+
+
 def encoding_pipeline(config: TrainConfig, facts: DiTFacts, device: torch.device) -> WanVideoPipeline:
     """The encoders alone, encoding as if the DiT were there.
 
@@ -116,7 +167,7 @@ def encoding_pipeline(config: TrainConfig, facts: DiTFacts, device: torch.device
             raise MissingModelError(
                 f"data_process encodes with model.{name}, which is not given; name its file."
             )
-    dtype = torch.bfloat16 if sources.dtype == "fp8" else DTYPES[sources.dtype]
+    dtype = encoder_dtype(sources)
     manager = ModelManager(torch_dtype=dtype, device="cpu")
     paths = [sources.text_encoder, sources.vae, sources.image_encoder]
     manager.load_models([path for path in paths if path is not None])

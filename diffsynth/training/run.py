@@ -47,6 +47,7 @@ from diffsynth.training.loading import (
     facts_of,
     file_metadata,
     load_networks,
+    maker_of,
     plan_data,
     resolved_device,
     run_facts,
@@ -168,8 +169,9 @@ class Run:
         if config.run.task == "train" and ranks.rank == 0:  # data_process has told it otherwise
             log_plan(plan)
         self._samples = open_cache(
-            plan, self._loaded.facts, cache_dir=config.cache.cache_dir, strict=config.cache.strict,
-            rank=ranks.rank, list_folder=self._output,
+            plan, self._loaded.facts, maker=maker_of(config, self._loaded.facts),
+            cache_dir=config.cache.cache_dir, strict=config.cache.strict, rank=ranks.rank,
+            list_folder=self._output,
         )  # fmt: skip
         if device.type == "cuda" and config.run.strategy != "fsdp2" and ranks.rank == 0:
             total = torch.cuda.get_device_properties(device).total_memory

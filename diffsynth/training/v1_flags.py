@@ -11,7 +11,7 @@ import argparse
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffsynth.errors import (
     ArgumentError,
+    DiffSynthError,
     MediaNotFoundError,
     MissingPackageError,
+    OutputPathError,
     UnknownArgumentError,
     install_extra,
 )
@@ -35,6 +37,8 @@ DATA_PROCESS, TRAIN = "data_process", "train"
 BOTH = (DATA_PROCESS, TRAIN)
 DEEPSPEED = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 SETTINGS_FILE = "config.yaml"
+ENCODED_WITH = ".diffsynth-encoded.yaml"  # in the dataset: the settings of its last data_process
+ENCODERS = ("text_encoder", "vae", "image_encoder")
 
 
 def _strategy(value: Any) -> str:
@@ -184,8 +188,8 @@ def config_of(given: Mapping[str, Any]) -> TrainConfig:
 
     task = _checked(given)
     values = {f.name: f.default for f in FLAGS if f.default is not None}
-    values |= {**given, **(_size_of_cache(given) if task == TRAIN else {})}
-    content: dict[str, Any] = {}
+    content, size = _as_encoded(given) if task == TRAIN else ({}, {})
+    values |= {**given, **size}
     for flag in FLAGS:
         if flag.key and flag.name in values and _is_read(flag, task, given):
             _put(content, flag.key, flag.reads(values[flag.name]))
@@ -265,17 +269,43 @@ def _require_paths(name: str, value: str) -> None:
         raise MediaNotFoundError(f"--{name}: {missing[0]}{more} does not exist (looked in {os.getcwd()}).")
 
 
-def _size_of_cache(given: Mapping[str, Any]) -> dict[str, int]:
-    """Frames, height and width of the newest cached clip, those that are not given: v1 trained on any."""
-    missing = [name for name in ("num_frames", "height", "width") if name not in given]
-    for path in _cached_clips(Path(given["dataset_path"]).expanduser()) if missing else ():
-        size = _size_of(path)
-        found = {name: size[name] for name in missing if name in size}
-        if any(BY_NAME[name].default != value for name, value in found.items()):
-            told = ", ".join(f"--{name} {value}" for name, value in found.items())
-            logger.info("As in %s, which was encoded last: %s.", path.name, told)
-        return found
-    return {}
+def _as_encoded(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Settings that say whose samples are meant, and frames and size where they are not given.
+
+    Those of the last data_process, which lie in the dataset; else what the newest cached clip tells.
+    """
+    root = Path(given["dataset_path"]).expanduser()
+    record = (root if root.is_dir() else root.parent) / ENCODED_WITH
+    content, size, source = _of_record(record) or _of_newest(root)
+    size = {name: value for name, value in size.items() if name not in given}
+    if any(BY_NAME[name].default != value for name, value in size.items()):
+        told = ", ".join(f"--{name} {value}" for name, value in size.items())
+        logger.info("As in %s, which was encoded last: %s.", source, told)
+    return content, size
+
+
+def _of_record(record: Path) -> tuple[dict[str, Any], dict[str, int], str] | None:
+    from diffsynth.training.config import TrainConfig
+    from diffsynth.training.config_files import load_config
+
+    if not record.is_file():
+        return None
+    try:
+        config: TrainConfig = load_config(TrainConfig, record)
+    except DiffSynthError as error:
+        logger.warning("What was encoded last is told by the newest sample: %s", error)
+        return None
+    height, width = config.data[0].sizes[0]
+    model = {name: value for name in ENCODERS if (value := getattr(config.model, name)) is not None}
+    size = {"num_frames": config.data[0].num_frames[0], "height": height, "width": width}
+    return {"model": model, "cache": asdict(config.cache)}, size, record.name
+
+
+def _of_newest(root: Path) -> tuple[dict[str, Any], dict[str, int], str]:
+    for path in _cached_clips(root):
+        cache, size = _told_by(path)
+        return {"cache": cache}, size, path.name
+    return {}, {}, ""
 
 
 def _cached_clips(place: Path) -> Iterator[Path]:
@@ -292,13 +322,15 @@ def _cached_clips(place: Path) -> Iterator[Path]:
         yield from sorted(files, key=lambda file: (file in pictures, -file.stat().st_mtime_ns))
 
 
-def _size_of(path: Path) -> dict[str, int]:
+def _told_by(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Settings of the cache, and frames and size, by one cached clip."""
     import json
 
     from diffsynth.training.cached_dataset import is_v1
     from diffsynth.training.samples import EncodedSample
     from diffsynth.training.v1_cache import header_v1
 
+    cache: dict[str, Any] = {}
     if is_v1(path):
         _, _, frames, rows, columns = header_v1(path).latent_shape
         size = {"height": 8 * rows, "width": 8 * columns}
@@ -306,8 +338,12 @@ def _size_of(path: Path) -> dict[str, int]:
         header = EncodedSample.header(path)
         frames, told = header.latent_shape[2], json.loads(header.meta["transform"])
         size = {"height": int(told["height"]), "width": int(told["width"])}
+        cache["dtype"] = header.meta["dtype"]
+        if header.meta["tiles"]:
+            cache["tiled"], tiles = True, json.loads(header.meta["tiles"])
+            cache["tile_size"], cache["tile_stride"] = tiles
     # A picture says nothing of how long videos are.
-    return size if frames == 1 else {"num_frames": 4 * (frames - 1) + 1, **size}
+    return cache, (size if frames == 1 else {"num_frames": 4 * (frames - 1) + 1, **size})
 
 
 def _with_epochs(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
@@ -344,6 +380,17 @@ def _keep_settings(config: TrainConfig) -> None:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / SETTINGS_FILE)
+    root = Path(config.data[0].path).expanduser()
+    whole: dict[str, Any] = {
+        n: str(Path(p).expanduser().absolute()) for n in ENCODERS if (p := getattr(config.model, n))
+    }
+    try:
+        save_config(
+            replace(config, model=replace(config.model, **whole)),
+            (root if root.is_dir() else root.parent) / ENCODED_WITH,
+        )
+    except OutputPathError as error:
+        logger.info("What is encoded is not noted beside it: %s", error)
 
 
 def _put(content: dict[str, Any], key: str, value: object) -> None:

@@ -160,6 +160,17 @@ def _is_leftover(entry: os.DirEntry[str], found: re.Match[str]) -> bool:
     return is_dead is True
 
 
+def why_not_writable(folder: Path) -> str:
+    """Why no file can be made in a folder that is there, in the system's words; "" where one can."""
+    probe = temporary_beside(folder / "probe")
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        return _reason(error)
+    return ""
+
+
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """Give a temporary path to write to; it becomes ``target`` at the end, or vanishes on any exception.
@@ -173,7 +184,8 @@ def replacing(target: Path) -> Iterator[Path]:
             yield temporary
             os.replace(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk refuses even to remove what is not there
+            temporary.unlink()
 
 
 def write_whole(target: Path, write: Callable[[Path], object], *, overwrite: bool = True) -> Path:

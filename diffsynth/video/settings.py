@@ -16,6 +16,7 @@ from diffsynth.errors import ArgumentError, MediaNotFoundError, MediaReadError
 from diffsynth.video.paths import IMAGE_SUFFIXES
 
 TAG = "comment"
+MAX_LENGTH = 4 << 20  # of settings that are read; ours have a thousandth of that
 
 
 def pack(metadata: Mapping[str, object]) -> str:
@@ -74,8 +75,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, object]:
     is_picture = path.suffix.lower() in (*IMAGE_SUFFIXES, ".gif")
     text = _picture_comment(path) if is_picture else _video_comment(path)
     try:
-        settings = json.loads(text)
-    except ValueError:
+        settings = json.loads(text) if len(text) <= MAX_LENGTH else None
+    except (ValueError, RecursionError):
         return {}
     return settings if isinstance(settings, dict) else {}
 
@@ -100,7 +101,7 @@ def _picture_comment(path: Path) -> str:
     try:
         with Image.open(path) as image:
             comment = image.info.get(TAG, "")
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaReadError(f"{path} is not a picture that can be read: {error}.") from error
     return comment.decode("utf-8", "replace") if isinstance(comment, bytes) else str(comment)
 

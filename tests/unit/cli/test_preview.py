@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from diffsynth import VideoData, read_metadata
-from diffsynth.cli.preview import few_steps, share_of, smaller
+from diffsynth.cli.preview import few_steps, line_for_refining, share_of, smaller
 from tests.unit.cli.running import Shell
 
 
@@ -43,6 +43,34 @@ def test_what_is_small_or_fast_already_is_left_so() -> None:
     assert [share_of(side) for side in (64, 240, 320, 480, 1080)] == [1.0, 1.0, 0.75, 0.5, 0.5]
     small, _ = smaller({"preset": "lightx2v-4step"}, parts())
     assert small["num_inference_steps"] == 4
+
+
+def test_the_line_that_goes_on_keeps_what_the_file_does_not_tell() -> None:
+    values: dict[str, Any] = {
+        "model": ["my models/a.safetensors", "b.pth"], "dit": ["a"], "lora": ["style.safetensors:0.8"],
+        "vram": "12", "dtype": "fp8", "num_persistent": 0, "attention": "sdpa",
+        "input_image": Path("cat.png"), "tiled": False,
+        "vace_reference_image": [Path("a.png"), Path("b.png")], "crf": 12.0, "keep_latents": True,
+        "download": False,
+        "seed": 7, "num_inference_steps": 20, "cfg_scale": 4.0, "sampler": "unipc", "out": Path("v.mp4"),
+        "fps": 8.0,
+        "preview": True, "num_videos_per_prompt": 2, "tile_size": (30, 52), "offload": False, "t5_cpu": False,
+        "cache_text": Path("texts"), "preset": None,
+    }  # fmt: skip
+    line = line_for_refining(Path("v-1.mp4"), values)
+    assert line == (
+        "diffsynth refine --from v-1.mp4 --cache-text texts --input-image cat.png "
+        "--vace-reference-image a.png --vace-reference-image b.png "
+        "--model 'my models/a.safetensors' --model b.pth --dit a "
+        "--lora style.safetensors:0.8 --dtype fp8 --vram 12 --num-persistent 0 --attention sdpa --crf 12.0 "
+        "--keep-latents"
+    )
+    officially = {**values, "model": ["Wan2.1"], "offload": True, "t5_cpu": True}
+    line = line_for_refining(Path("v-1.mp4"), officially)
+    assert line.startswith(
+        "diffsynth generate --task video_super_resolution --input_video_path v-1.mp4 --t5_cpu "
+    )
+    assert " --model Wan2.1 " in line
 
 
 def test_previews_and_their_sheet_are_written(shell: Shell, toy_folder: Path, tmp_path: Path) -> None:

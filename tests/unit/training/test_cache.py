@@ -27,6 +27,7 @@ from diffsynth.training.dataset.clips import Clip, DatasetPlan
 from diffsynth.training.dataset.reading import read_clip
 from diffsynth.training.samples import EncodedSample, map_tensors
 from diffsynth.video import frames_to_tensor
+from diffsynth.video.paths import replacing
 from tests.unit.training.clips_of_noise import (
     FRAMES,
     HEIGHT,
@@ -318,3 +319,34 @@ def test_a_decoder_that_runs_ahead_is_bounded(toy: WanVideoPipeline, tmp_path: P
     finally:
         del vae.encode
     assert max(ahead) <= 2 * EXACT.workers
+
+
+def test_a_read_only_dataset_is_one_error_before_any_file_is_read(
+    toy: WanVideoPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan, touch = pictures(tmp_path / "media", 3), Path.touch
+    made = process(DatasetPlan(clips=plan.clips[:2]), toy, EXACT).samples
+
+    def refuse(path: Path, *rest: object, **more: object) -> None:
+        if path.parent == tmp_path / "media":
+            raise OSError(errno.EROFS, "Read-only file system")
+        touch(path)
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(OutputPathError, match=r"media \(Read-only file system\): set cache\.cache_dir to"):
+        process(plan, toy, EXACT)
+    assert not caplog.messages
+    assert process(DatasetPlan(clips=plan.clips[:2]), toy, EXACT).samples == made  # nothing is left to write
+    apart = process(plan, toy, replace(EXACT, cache_dir=str(tmp_path / "apart")))
+    assert apart.num_written == 3
+
+
+def test_a_disk_that_is_read_only_says_so_of_what_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)  # even of what was never there
+    with pytest.raises(OutputPathError, match="Read-only"), replacing(tmp_path / "a.json"):
+        refuse()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from diffsynth.errors import ArgumentError, CorruptCheckpointError, MediaReadErr
 from diffsynth.training.batches import Pick
 from diffsynth.training.cache_facts import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, DiTFacts
 from diffsynth.training.cache_hashes import FileHashes
-from diffsynth.training.cache_keys import facts_of_clip, sample_path
+from diffsynth.training.cache_keys import Maker, facts_of_clip, sample_path
 from diffsynth.training.cached_dataset import CachedDataset, open_cache
 from diffsynth.training.dataset.clips import Clip, DatasetPlan
 from diffsynth.training.samples import EncodedSample, collate
@@ -122,25 +121,27 @@ def test_a_mixture_is_refused_and_both_are_named(tmp_path: Path, of_plan: bool) 
         open_cache(plan if of_plan else tmp_path, TOY)
 
 
-def test_after_another_vae_the_newest_whole_set_is_read(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_samples_of_two_makers_are_not_chosen_by_their_age(tmp_path: Path) -> None:
     plan = pictures(tmp_path, 2)
     for number, one in enumerate(plan.clips):
         os.utime(cache(one, key(number), vae="new"), (2e9, 2e9))
         os.utime(cache(one, key(number + 10), vae="old"), (1e9, 1e9))
-    with caplog.at_level(logging.INFO, "diffsynth"):
-        opened = open_cache(plan, TOY)
-    assert [opened.sample_id(i) for i in range(2)] == [key(0), key(1)] and "newest" in caplog.text
+    with pytest.raises(ArgumentError, match=r"(?s)0000\..*000a\..*two makers.*vae: new and old.*model\.vae"):
+        open_cache(plan, TOY)
+    for maker in ("old", "new"):
+        opened = open_cache(plan, TOY, maker=Maker(facts={"vae": maker}))
+        assert [opened[i].meta["vae"] for i in range(2)] == [maker, maker]
 
 
-def test_after_another_vae_an_older_set_is_not_read_for_being_more_complete(tmp_path: Path) -> None:
+def test_a_clip_is_not_taken_from_another_maker_where_the_runs_own_is_missing(tmp_path: Path) -> None:
     plan = pictures(tmp_path, 2)
     for number, one in enumerate(plan.clips):
-        os.utime(cache(one, key(number + 10), vae="old"), (1e9, 1e9))
-    os.utime(cache(plan.clips[0], key(0), vae="new"), (2e9, 2e9))
-    with pytest.raises(ArgumentError, match=r"(?s)vae: new and old.*anew"):
-        open_cache(plan, TOY)
+        cache(one, key(number + 10), vae="old")
+    cache(plan.clips[0], key(0), vae="new")
+    with pytest.raises(ArgumentError, match=r"(?s)1 of 2 clips.*01\.png.*vae: new and old.*anew"):
+        open_cache(plan, TOY, maker=Maker(facts={"vae": "new"}))
+    with pytest.raises(ArgumentError, match="2 of 2 clips"):
+        open_cache(plan, TOY, maker=Maker(facts={"vae": "third"}))
 
 
 def test_a_changed_caption_or_file_has_no_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
