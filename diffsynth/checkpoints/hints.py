@@ -57,6 +57,14 @@ ROLE_MARK = re.compile(
     re.IGNORECASE,
 )
 
+# Words of published step-distilled models: LightX2V, Wan2.2-Lightning, CausVid, Self-Forcing, AccVideo,
+# FusionX, Phr00t's Rapid, Turbo and FastWan, DMD, LCM; "4step", "8-steps".
+DISTILLED = re.compile(
+    r"distil|lightning|lightx2v|turbo|causvid|self[-_ ]?forcing|accvid|fusionx|rapid|fast[-_ ]?wan"
+    r"|few[-_ ]?step|(?<![a-z])(?:dmd|lcm)|(?<!\d)[1-8][-_ ]?steps?(?![a-z=\d])",
+    re.IGNORECASE,
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -210,6 +218,12 @@ def _scheduler(paths: tuple[Path, ...]) -> list[Document]:
         return [Document(name, {}, note=note)]
     note = f"sigma_shift is {shift:g} where a call gives none: {key} of {name}."
     return [Document(name, {"generation": {"sigma_shift": float(shift)}}, note=note)]
+
+
+def tells_few_steps(paths: tuple[Path, ...], metadata: Mapping[str, str]) -> bool:
+    """Whether a checkpoint's path or metadata says that it was distilled to a few steps."""
+    texts = ["/".join(path.parts[-3:]) for path in paths] + list(metadata.values())
+    return any(DISTILLED.search(text) for text in texts)
 
 
 def role_of(paths: tuple[Path, ...], metadata: Mapping[str, str]) -> Role | None:

@@ -111,7 +111,7 @@ def decode(
 
 
 @app.command(epilog="For example: diffsynth preprocess --task canny in.mp4 out.mp4")
-def preprocess(
+def preprocess(  # noqa: PLR0913
     source: Annotated[Path, typer.Argument(help="A video, a picture, or a folder of pictures.")],
     out: Annotated[Path, typer.Argument(help="The control video, or .png or .jpg for a picture.")],
     *,
@@ -124,6 +124,10 @@ def preprocess(
     ] = None,
     download: Annotated[bool, typer.Option("--download", help="Let that network be downloaded.")] = False,
     device: Annotated[str, typer.Option(help="Of depth and pose: cpu or cuda.")] = "cpu",
+    thresholds: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Of canny and scribble: lower and upper gradient of a line; by the picture."),
+    ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second; the source's.")] = None,
 ) -> None:
     """Draw the control video of a video: grey, lines, motion, depth, poses or boxes."""
@@ -131,7 +135,7 @@ def preprocess(
     from diffsynth.video.preprocess import Options
 
     with plain_errors():
-        options = Options(model=model, download=download, device=device)
+        options = Options(model=model, download=download, device=device, thresholds=thresholds)
         run_preprocess(
             PreprocessRequest(source=source, out=out, task=task.value, boxes=boxes, options=options, fps=fps)
         )

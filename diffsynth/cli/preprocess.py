@@ -82,7 +82,9 @@ def _layout(request: PreprocessRequest, source: Any) -> Iterable[Frame]:
             '{"FRAME": [left, top, right, bottom], ...}.'
         )
     if request.options != Options():
-        raise ArgumentError(f"--model, --download and --device are not read by --task {LAYOUT}.")
+        raise ArgumentError(
+            f"--model, --download, --device and --thresholds are not read by --task {LAYOUT}."
+        )
     height, width = picture_size(source[0])
     return layout(_tracks(request.boxes), num_frames=len(source), height=height, width=width).video
 

@@ -11,7 +11,7 @@ Source: wan_numerics 10.4; DiffSynth-Studio ``models/wan_video_camera_controller
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -31,7 +31,7 @@ USUAL_SPEED = 1 / 54  # per frame
 USUAL_ORIGIN = (0, 0.532139961, 0.946026558, 0.5, 0.5, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0)
 # direction -> (place in a pose, sign); sideways and up shift directions of sight, in and out the centre
 MOVES = {"Left": (9, 1), "Right": (9, -1), "Up": (13, 1), "Down": (13, -1), "In": (18, -1), "Out": (18, 1)}
-DIRECTION = re.compile(r"(Left|Right)?(Up|Down)?(In|Out)?")
+DIRECTION = re.compile(r"(left|right)?(up|down)?(in|out)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +125,12 @@ class CameraConditioner:
     Inputs: ClassVar[type] = CameraInputs
     encoder: ClassVar[str | None] = None
 
+    def reads(self, parts: Components) -> bool:
+        return "camera" in parts.adapters
+
     def applies(self, inputs: CameraInputs, parts: Components) -> bool:
         given = _given(inputs)
-        if "camera" not in parts.adapters:
+        if not self.reads(parts):
             if given:
                 raise UnusedInputError(
                     f"{given[0]} was given, but no loaded model reads it: it needs a Fun "
@@ -198,12 +201,13 @@ def moved_poses(
     """Return one pose per frame of a camera that goes on evenly: frame k is k times ``speed`` from the first.
 
     Args:
-        direction: names out of `MOVES`, joined.
+        direction: names out of `MOVES`, joined, in capitals or not.
         num_frames: pixel frames.
         speed: per frame.
         origin: pose of the first frame.
     """
-    moves: Mapping[str, tuple[int, int]] = {name: move for name, move in MOVES.items() if name in direction}
+    words = direction.lower()
+    moves = {name: move for name, move in MOVES.items() if name.lower() in words}
     poses = []
     for frame in range(num_frames):
         pose = [float(number) for number in origin]

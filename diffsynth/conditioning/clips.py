@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from diffsynth.announce import announce
 from diffsynth.errors import ArgumentError
 from diffsynth.video import frames_to_tensor, picture_size
 from diffsynth.video.pixels import iterate_frames
@@ -75,7 +76,7 @@ def clip_to_tensor(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | 
     """
     with about(name):
         return frames_to_tensor(
-            fitted_frames(frames, geometry, name=name, fit=fit), geometry.height, geometry.width
+            fitted_frames(frames, geometry, name=name, fit=fit), geometry.height, geometry.width, name=name
         )
 
 
@@ -116,7 +117,7 @@ def fitted_frames(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | N
     counted, wanted = _counted(frames), geometry.num_frames
     length = _checked_length(counted, geometry, name, fit)
     if length != wanted:
-        logger.info("%s has %d frames and %d are made: fit=%r.", name, length, wanted, fit)
+        announce("%s has %d frames and %d are made: fit=%r.", name, length, wanted, fit)
     return _held(counted, wanted)
 
 

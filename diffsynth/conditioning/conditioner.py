@@ -129,6 +129,10 @@ class Conditioner(Protocol):
     Inputs: ClassVar[type]  # frozen dataclass: the arguments of pipe() that it reads
     encoder: ClassVar[str | None]  # the one model it needs on the GPU, or None
 
+    def reads(self, parts: Components) -> bool:
+        """Whether the loaded DiT and its adapters can use these inputs."""
+        ...
+
     def applies(self, inputs: Any, parts: Components) -> bool:
         """Whether there is something to do; raises for an input that the loaded models cannot use."""
         ...

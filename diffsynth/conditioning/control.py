@@ -19,11 +19,12 @@ class ControlInputs:
     """A video to follow."""
 
     control_video: Frames | None = None  # frames, a VideoData, or floats in [0, 1] (F, 3, H, W)
-    # Of control_video and vace_video where they are not num_frames long: "trim" a longer one, "hold" the last
-    # frame of a shorter one.
+    # Of control_video, vace_video and input_video where they are not num_frames long: "trim" a longer one,
+    # "hold" the last frame of a shorter one.
     fit: Fit | None = None
     vace_video: Frames | None = None  # read elsewhere; here to know whether anything reads ``fit``
     vace_video_mask: Frames | None = None
+    input_video: Frames | None = None
     tile_size: tuple[int, int] | None = None
     tile_stride: tuple[int, int] | None = None
 
@@ -37,8 +38,11 @@ class ControlConditioner:
     Inputs: ClassVar[type] = ControlInputs
     encoder: ClassVar[str | None] = "vae"
 
+    def reads(self, parts: Components) -> bool:
+        return "control" in parts.planes
+
     def applies(self, inputs: ControlInputs, parts: Components) -> bool:
-        videos = (inputs.control_video, inputs.vace_video, inputs.vace_video_mask)
+        videos = (inputs.control_video, inputs.vace_video, inputs.vace_video_mask, inputs.input_video)
         if inputs.fit is not None and all(video is None for video in videos):
             raise UnusedInputError("fit was given, but no video that it could fit; leave it out.")
         if inputs.control_video is None:
@@ -48,7 +52,7 @@ class ControlConditioner:
                     "frames as num_frames."
                 )
             return False
-        if "control" not in parts.planes:
+        if not self.reads(parts):
             raise UnusedInputError(
                 "control_video was given, but no loaded model reads it: it needs a Fun-Control model."
             )

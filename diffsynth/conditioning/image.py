@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 FRAMES_OF_A_LATENT = 4  # pixel frames, except of the first latent, which is one frame
 IMAGE_TOKENS = 257  # of one picture, by the released encoder
+# what the log adds where a picture of other proportions is cropped
+ADVICE = "; resize='contain' or 'stretch' keeps all of it"
+ADVICE_SIZE = f"{ADVICE}, and max_area= its proportions"
 TAKERS = "I2V-14B, FLF2V-14B, Fun InP, Fun Control, Wan2.2 I2V-A14B, TI2V-5B and Fun-5B take it"
+
+END_TAKERS = "FLF2V-14B, Fun InP and Wan2.2 I2V-A14B take it"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +38,7 @@ class ImageInputs:
     end_image: Frame | None = None  # the last frame
     reference_image: Frame | None = None  # of Fun Control: the image encoder looks at it, not at input_image
     # How a picture of another size is brought to height and width: "cover" crops in the middle, "stretch"
-    # gives up the proportions, "contain" sets it between black bars.
+    # gives up the proportions, as v1 did, "contain" sets it between black bars.
     resize: Resize = "cover"
     # Pixels: height and width are those of input_image's proportions with about this area, and the picture is
     # resized as officially.
@@ -42,7 +47,8 @@ class ImageInputs:
     tile_stride: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.input_image is None and self.end_image is None and self.resize != "cover":
+        pictures = (self.input_image, self.end_image, self.reference_image)
+        if self.resize != "cover" and all(picture is None for picture in pictures):
             raise UnusedInputError(
                 f"resize is {self.resize!r}, but there is no input_image that it could fit; leave it out."
             )
@@ -136,7 +142,10 @@ def fitted(image: Frame, inputs: ImageInputs, geometry: Geometry, *, log: bool =
 
     if inputs.max_area is None:
         with about(_name_of(image, inputs), is_picture=True):
-            return frames_to_tensor([image], geometry.height, geometry.width, inputs.resize, log=log)
+            return frames_to_tensor(
+                [image], geometry.height, geometry.width, inputs.resize, log=log,
+                name=_name_of(image, inputs), advice=ADVICE_SIZE,
+            )  # fmt: skip
     # As officially: bicubic without antialiasing, not clamped; the proportions differ by the rounding only.
     whole = _original(image, inputs, log=log)[:, :, 0].float()
     size = (geometry.height, geometry.width)
@@ -171,11 +180,14 @@ class ImageConditioner:
     Inputs: ClassVar[type] = ImageInputs
     encoder: ClassVar[str | None] = "vae"
 
+    def reads(self, parts: Components) -> bool:
+        return "image" in parts.planes or parts.holds_first_frame
+
     def applies(self, inputs: ImageInputs, parts: Components) -> bool:
         if inputs.input_image is None:
             _check_absent(inputs, parts)
             return tuple(parts.planes) == ("image",)
-        if "image" not in parts.planes and not parts.holds_first_frame:
+        if not self.reads(parts):
             raise UnusedInputError(
                 f"input_image was given, but the loaded model reads no picture; {TAKERS}. To begin with a "
                 "picture on a VACE model, give it as the first frame of vace_video."
@@ -183,7 +195,7 @@ class ImageConditioner:
         if inputs.end_image is not None and "mask" not in parts.planes:
             raise UnusedInputError(
                 "end_image was given, but the loaded model has no plane that says which frames are given; "
-                "FLF2V-14B, Fun InP and Wan2.2 I2V-A14B read one."
+                f"{END_TAKERS}."
             )
         if inputs.end_image is None and parts.has_image_positions:
             raise ArgumentError(
@@ -267,8 +279,11 @@ class ImageTokensConditioner:
     Inputs: ClassVar[type] = ImageInputs
     encoder: ClassVar[str | None] = "image_encoder"
 
+    def reads(self, parts: Components) -> bool:
+        return parts.has_image_branch
+
     def applies(self, inputs: ImageInputs, parts: Components) -> bool:
-        if not parts.has_image_branch:
+        if not self.reads(parts):
             return False
         if self.needs_encoder(inputs, parts) and parts.image_encoder is None:
             raise MissingModelError(
@@ -305,13 +320,15 @@ def _seen(image: Frame, inputs: ImageInputs, geometry: Geometry) -> Tensor:
         return _original(image, inputs, log=False)
     if image is inputs.reference_image:
         with about("reference_image", is_picture=True):
-            return frames_to_tensor([image], geometry.height, geometry.width, log=False)
+            return frames_to_tensor([image], geometry.height, geometry.width, inputs.resize, log=False)
     return fitted(image, inputs, geometry, log=False)
 
 
 def _check_absent(inputs: ImageInputs, parts: Components) -> None:
     """No first frame was given: is that allowed?"""
     if inputs.end_image is not None:
+        if "mask" not in parts.planes:
+            raise UnusedInputError(f"end_image was given, but the loaded model reads none; {END_TAKERS}.")
         raise ArgumentError("end_image was given without input_image; give both.")
     if inputs.max_area is not None:
         raise ArgumentError(

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, ClassVar
 from diffsynth.conditioning.clips import about, check_picture
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution
+from diffsynth.conditioning.image import ADVICE
 from diffsynth.errors import MissingModelError, UnusedInputError
 from diffsynth.video import frames_to_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffsynth.video import Frame
+    from diffsynth.video import Frame, Resize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class ReferenceInputs:
     """A picture of what the video shows."""
 
     reference_image: Frame | None = None  # PIL, uint8 (H, W, 3), or floats in [0, 1] (3, H, W)
+    resize: Resize = "cover"  # as of input_image
 
 
 class ReferenceConditioner:
@@ -40,10 +42,13 @@ class ReferenceConditioner:
     Inputs: ClassVar[type] = ReferenceInputs
     encoder: ClassVar[str | None] = "vae"
 
+    def reads(self, parts: Components) -> bool:
+        return "reference" in parts.adapters
+
     def applies(self, inputs: ReferenceInputs, parts: Components) -> bool:
         if inputs.reference_image is None:
             return False
-        if "reference" not in parts.adapters:
+        if not self.reads(parts):
             raise UnusedInputError(
                 "reference_image was given, but no loaded model reads it: it needs a Fun V1.1 Control model."
             )
@@ -63,7 +68,10 @@ class ReferenceConditioner:
 
         assert parts.vae is not None and inputs.reference_image is not None
         with about("reference_image", is_picture=True):
-            picture = frames_to_tensor([inputs.reference_image], geometry.height, geometry.width)
+            picture = frames_to_tensor(
+                [inputs.reference_image], geometry.height, geometry.width, inputs.resize,
+                name="reference_image", advice=ADVICE,
+            )  # fmt: skip
         with torch.no_grad():
             latents = parts.vae.encode(picture.to(parts.device))
         given = Reference(latents=latents.expand(geometry.num_videos, -1, -1, -1, -1))

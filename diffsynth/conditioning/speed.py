@@ -48,6 +48,9 @@ class SpeedConditioner:
     Inputs: ClassVar[type] = SpeedInputs
     encoder: ClassVar[str | None] = None
 
+    def reads(self, parts: Components) -> bool:
+        return "speed" in parts.adapters
+
     def applies(self, inputs: SpeedInputs, parts: Components) -> bool:
         given = inputs.motion_bucket_id
         if given is None:

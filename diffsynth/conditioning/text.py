@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,6 +18,8 @@ from diffsynth.errors import ArgumentError, MissingModelError, UnusedInputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from diffsynth.conditioning.tokenizer import Tokenizer
 
 logger = logging.getLogger("diffsynth")
 MAX_LISTED_WORDS = 200
@@ -82,6 +84,9 @@ class TextConditioner:
     Inputs: ClassVar[type] = TextInputs
     encoder: ClassVar[str | None] = "text_encoder"
 
+    def reads(self, parts: Components) -> bool:
+        return True
+
     def applies(self, inputs: TextInputs, parts: Components) -> bool:
         _check_one_source("prompt", inputs.prompt, inputs.prompt_embeds)
         _check_one_source("negative_prompt", inputs.negative_prompt, inputs.negative_prompt_embeds)
@@ -144,6 +149,8 @@ class TextConditioner:
         cleaned = [clean_prompt(text) for text in texts]
         for text in dict.fromkeys(cleaned):
             _warn_of_unknown_words(text, parts.known_words)
+            if parts.tokenizer is not None:
+                _warn_of_cut(text, parts.tokenizer)
             cached = None if cache is None else cache.find(text)
             known[text] = _features(text, parts) if cached is None else cached.to(parts.device)
             if cache is not None and cached is None:
@@ -221,3 +228,14 @@ def _warn_of(word: str, known: frozenset[str]) -> None:
     """Once for each word: a dataset says the same ones in every caption."""
     listed = ", ".join(sorted(known)[:MAX_LISTED_WORDS])
     logger.warning("This small model was not taught %r. It knows: %s.", word, listed)
+
+
+@lru_cache(maxsize=1000)
+def _warn_of_cut(text: str, tokenizer: Tokenizer) -> None:
+    """Once for each text."""
+    num_cut, kept = tokenizer.kept_words(text)
+    if num_cut:
+        logger.warning(
+            "The last %d tokens of a prompt are not read: Wan reads %d. It is read up to: ... %s",
+            num_cut, tokenizer.max_tokens, " ".join(kept[-8:]),
+        )  # fmt: skip

@@ -83,6 +83,19 @@ class Tokenizer:
         """Ids of one cleaned text, </s> last. An empty text is </s> alone."""
         return [*self._vocabulary.encode(text)[: self.max_tokens - 1], END_OF_TEXT]
 
+    def kept_words(self, text: str) -> tuple[int, list[str]]:
+        """How many tokens of a cleaned text are beyond the limit, and the words that are read."""
+        most, words = self.max_tokens - 1, text.split(" ")  # </s> takes one
+        num_cut = len(self._vocabulary.encode(text)) - most
+        if num_cut <= 0:
+            return 0, words
+        low, high = 0, len(words)
+        while low < high:  # the most words whose tokens fit
+            middle = (low + high + 1) // 2
+            fits = len(self._vocabulary.encode(" ".join(words[:middle]))) <= most
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return num_cut, words[:low]
+
     def batch(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask of several texts, both (B, longest) int64, padded at the end."""
         import torch

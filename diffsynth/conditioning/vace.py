@@ -7,8 +7,9 @@ Mask: 1 (white) is made anew, 0 (black) is kept. Source: Wan2.1 ``wan/vace.py``.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     from diffsynth.video import Frame
     from diffsynth.video.pixels import Frames
 
+logger = logging.getLogger("diffsynth")
+
 MODELS = "Wan2.1-VACE-1.3B, Wan2.1-VACE-14B, or a VACE module beside a text-to-video DiT"
-MAX_SCALE = 10.0
+USUAL_SCALE, MAX_SCALE = 2.0, 10.0  # of the range that is documented; beyond it pictures break
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,9 @@ class VaceConditioner:
     Inputs: ClassVar[type] = VaceInputs
     encoder: ClassVar[str | None] = "vae"
 
+    def reads(self, parts: Components) -> bool:
+        return "vace" in parts.adapters
+
     def applies(self, inputs: VaceInputs, parts: Components) -> bool:
         scales = _scales(inputs)
         if not inputs.given:
@@ -105,7 +111,7 @@ class VaceConditioner:
                     "vace_reference_image=, or leave vace_scale out."
                 )
             return False
-        if "vace" not in parts.adapters:
+        if not self.reads(parts):
             raise UnusedInputError(
                 f"{inputs.given[0]} was given, but no loaded model reads it; it needs {MODELS}."
             )
@@ -126,6 +132,11 @@ class VaceConditioner:
             raise MissingModelError(f"{inputs.given[0]} needs the VAE; load it ({parts.vae_file}).")
         if len(scales) > 1:
             _step_times(inputs, scales)
+        if max(scales) > USUAL_SCALE:
+            logger.warning(
+                "vace_scale is %g; 0 (no effect) to %g are usual, above it pictures come apart.",
+                max(scales), USUAL_SCALE,
+            )  # fmt: skip
         return True
 
     def needs_encoder(self, inputs: VaceInputs, parts: Components) -> bool:
@@ -261,14 +272,17 @@ def _video_and_mask(inputs: VaceInputs, geometry: Geometry) -> tuple[Tensor | No
 
 
 def _scales(inputs: VaceInputs) -> tuple[float, ...]:
-    given = inputs.vace_scale
-    scales = (given,) if isinstance(given, (int, float)) else tuple(given)
+    given: Any = inputs.vace_scale
+    if isinstance(given, (int, float)):
+        scales: tuple[Any, ...] = (given,)
+    else:
+        scales = () if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
     if not scales or not all(
         isinstance(s, (int, float)) and math.isfinite(s) and 0.0 <= s <= MAX_SCALE for s in scales
     ):
         raise ArgumentError(
-            f"vace_scale is {given!r}; give a number from 0 (no effect) to 2, 1 is usual, or a list of one "
-            "such number per step."
+            f"vace_scale is {given!r}; give a number from 0 (no effect) to {USUAL_SCALE:g}, 1 is usual, or a "
+            f"list of one such number per step; above {MAX_SCALE:g} nothing can be seen."
         )
     return tuple(float(s) for s in scales)
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from diffsynth.conditioning.clips import about
+from diffsynth.conditioning.clips import Fit, check_length, clip_to_tensor
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution, LatentPlan
 from diffsynth.errors import ArgumentError, MissingModelError
-from diffsynth.video import frames_to_tensor
 
 if TYPE_CHECKING:
-    from diffsynth.video import Frame
+    from diffsynth.video.pixels import Frames
 
 logger = logging.getLogger("diffsynth")
 
@@ -23,7 +21,8 @@ logger = logging.getLogger("diffsynth")
 class VideoInputs:
     """A video to start from."""
 
-    input_video: Sequence[Frame] | None = None  # frames, a VideoData, or floats in [0, 1] (F, 3, H, W)
+    input_video: Frames | None = None  # frames, a VideoData, or floats in [0, 1] (F, 3, H, W)
+    fit: Fit | None = None  # "hold" repeats the last frame of a shorter video; a longer one is trimmed
     sigmas: object = None  # noise levels of the caller, which may begin below the top
     denoising_strength: float = 1.0  # share of noise laid over it: 0.7 keeps the layout, 1 ignores the video
     tile_size: tuple[int, int] | None = None
@@ -35,6 +34,9 @@ class VideoConditioner:
 
     Inputs: ClassVar[type] = VideoInputs
     encoder: ClassVar[str | None] = "vae"
+
+    def reads(self, parts: Components) -> bool:
+        return True
 
     def applies(self, inputs: VideoInputs, parts: Components) -> bool:
         if inputs.input_video is None:
@@ -57,27 +59,20 @@ class VideoConditioner:
 
     def check(self, inputs: VideoInputs, geometry: Geometry, parts: Components) -> None:
         assert inputs.input_video is not None
-        if isinstance(inputs.input_video, str):
-            path = repr(inputs.input_video)
-            raise ArgumentError(f"input_video is {path}; open a file first: VideoData({path}).")
-        length = len(inputs.input_video)
-        if not length:
-            raise ArgumentError(f"input_video is empty; give {geometry.num_frames} frames or more.")
-        if length < geometry.num_frames:
-            raise ArgumentError(
-                f"input_video has {length} frames and num_frames is {geometry.num_frames}; "
-                f"give num_frames={(length - 1) // 4 * 4 + 1}, or a longer video."
-            )
+        check_length(inputs.input_video, geometry, name="input_video", fit=self._fit(inputs))
 
     def encode(self, inputs: VideoInputs, geometry: Geometry, parts: Components) -> Contribution:
         import torch
 
         assert parts.vae is not None and inputs.input_video is not None
-        frames = inputs.input_video[: geometry.num_frames]
-        with about("input_video"):
-            video = frames_to_tensor(frames, geometry.height, geometry.width)
+        video = clip_to_tensor(inputs.input_video, geometry, name="input_video", fit=self._fit(inputs))
         with torch.no_grad():
             start = parts.vae.encode(
                 video.to(parts.device), tile_size=inputs.tile_size, tile_stride=inputs.tile_stride
             )
         return Contribution(latents=LatentPlan(start=start.expand(geometry.num_videos, -1, -1, -1, -1)))
+
+    @staticmethod
+    def _fit(inputs: VideoInputs) -> Fit:
+        """A longer video is read from its start, as in v1, unless the caller says another thing."""
+        return inputs.fit or "trim"

@@ -56,6 +56,11 @@ class Dial:
             return 0.0
         return self.weight if self.schedule is None else self.schedule[min(self.step, len(self.schedule) - 1)]
 
+    @property
+    def is_felt(self) -> bool:
+        """Whether it changes anything, at any step."""
+        return self.is_on and any(self.schedule if self.schedule is not None else (self.weight,))
+
     def __str__(self) -> str:
         """The strength in words: "strength 0.8", or "strengths 1, 0.5 by step"; and whether it is off."""
         steps = ", ".join(f"{weight:g}" for weight in self.schedule or ())

@@ -110,6 +110,14 @@ class LoRAs:
         """The files of those that are loaded."""
         return [report.source for held in self._held.values() for report in held.reports]
 
+    def act_on(self, network: torch.nn.Module) -> bool:
+        """Whether one of them changes a network, at any step."""
+        return any(
+            entry.model is network and bool(changes) and held.dial.is_felt
+            for held in self._held.values()
+            for entry, changes in held.changes
+        )
+
     def describe(self) -> list[str]:
         """A line each, with its strength as it is now."""
         return [report.told(str(held.dial)) for held in self._held.values() for report in held.reports]

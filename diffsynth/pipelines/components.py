@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from diffsynth.checkpoints.hints import tells_few_steps
 from diffsynth.conditioning.tokenizer import Tokenizer, find_tokenizer
 from diffsynth.denoising.expert import Expert
 from diffsynth.errors import AmbiguousModelError, ConfigurationError, TokenizerNotFoundError
@@ -54,6 +55,7 @@ class PipelineComponents:
         default_factory=dict
     )  # defaults of pipe() that the checkpoint carries
     sources: dict[str, str] = field(default_factory=dict)  # part -> file, for describe()
+    few_step: frozenset[str] = frozenset()  # DiTs whose name or metadata says that they were step-distilled
 
     @property
     def planes(self) -> Mapping[str, int]:
@@ -195,6 +197,11 @@ def _take_dits(
     )
     parts.high, parts.low = experts["dit"], experts.get("dit_low_noise")
     parts.sources.update({name: _source(entry) for name, entry in entries.items()})
+    parts.few_step = frozenset(
+        name
+        for name, entry in entries.items()
+        if tells_few_steps(entry.paths, entry.match.checkpoint.metadata)
+    )
     parts.family = high.match.family
     parts.generation = dict(high.match.generation)
     if low is not None:

@@ -37,7 +37,8 @@ def describe(parts: PipelineComponents, precision: str, memory: MemoryPlan | Non
     lines += [f"  {line}" for line in describe_loras(parts)]
     if memory is not None:
         lines += [f"  {line}" for line in describe_memory(memory)]
-    lines.append("  inputs: " + ", ".join(sorted(CONDITIONERS)))
+    read = sorted(name for name, conditioner in CONDITIONERS.items() if conditioner.reads(parts))
+    lines.append("  inputs: " + ", ".join(read))
     if parts.generation:
         lines.append(
             "  defaults from the checkpoint: " + ", ".join(f"{k}={v}" for k, v in parts.generation.items())

@@ -7,12 +7,15 @@ import logging
 import torch
 from torch import Tensor
 
+from diffsynth.announce import announce
 from diffsynth.errors import ArgumentError
 from diffsynth.pipelines.request import VideoRequest
 from diffsynth.sampling.registry import sampler_for
 from diffsynth.sampling.sampler import Sampler
 
 logger = logging.getLogger("diffsynth")
+
+DRAWN = -1  # the seed that asks for any, as in ComfyUI and the official command
 
 
 def prepared_sampler(request: VideoRequest) -> Sampler:
@@ -33,17 +36,20 @@ def chosen_seed(request: VideoRequest) -> int | None:
     """
     options = request.options
     if options.latents is not None:
-        if options.seed is not None:
+        if options.seed not in (None, DRAWN):
             raise ArgumentError(
                 "seed and latents are both given; latents are the noise that a seed would draw."
             )
         _check_shape(options.latents, noise_shape(request, request.extra_frames))
         return None
     _generator(options.rand_device)
-    if options.seed is not None:
+    if options.seed not in (None, DRAWN):
         return int(options.seed)
     seed = int(torch.randint(0, 2**31 - 1, ()))
-    logger.info("seed=%d was drawn.", seed)
+    if options.seed == DRAWN:
+        announce("seed is -1, which asks for any: seed=%d was drawn.", seed)
+    else:
+        logger.info("seed=%d was drawn.", seed)
     return seed
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 from tqdm import tqdm
 
+from diffsynth.announce import announce
 from diffsynth.conditioning.conditioner import Geometry, SizeChecker, read_inputs
 from diffsynth.conditioning.image import size_nearest, size_within
 from diffsynth.conditioning.registry import CONDITIONERS
@@ -23,6 +24,7 @@ from diffsynth.conditioning.text import TextInputs
 from diffsynth.denoising.loop import ProgressBar
 from diffsynth.errors import ArgumentError, UnknownArgumentError
 from diffsynth.models.wan.dit import StepCache
+from diffsynth.pipelines.argument_checks import check_embeds, check_numbers, check_seed, check_types
 from diffsynth.pipelines.components import PipelineComponents
 from diffsynth.pipelines.decoding import Tiling
 from diffsynth.pipelines.foreign_arguments import ADVERTISED, without_foreign
@@ -30,6 +32,7 @@ from diffsynth.pipelines.presets import preset_values
 from diffsynth.pipelines.run_facts import PLACES
 from diffsynth.pipelines.saved_latents import check_latents_path
 from diffsynth.pipelines.saved_steps import check_steps_path
+from diffsynth.pipelines.unread import refuse_unread, why_unread
 from diffsynth.pipelines.usual import usual_values_of
 from diffsynth.sampling.registry import SAMPLERS
 from diffsynth.video import picture_size
@@ -39,6 +42,9 @@ logger = logging.getLogger("diffsynth")
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 TEMPORAL_STRIDE = 4
+MAX_TOKENS = (
+    1024  # along time, height or width: the length of Wan's own table of positions (modules/model.py)
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +137,8 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
         ArgumentError: for values that cannot work.
     """
     given = _known_only(arguments)
+    check_numbers(given)
+    check_types(given)
     _check_grid(given)
     resolved = {k: v for k, v in usual_values(parts).items() if k in known_arguments()}
     if given.get("cfg_scale") is not None:
@@ -138,6 +146,7 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
     resolved.update(preset_values(given))
     resolved.update({k: v for k, v in given.items() if v is not None})
     resolved.update(_sizes_of_picture(given, parts))
+    resolved.update(_resize_of_v1(given, precision))
     options = _tiling(read_inputs(CallOptions, resolved), precision)
     _check_options(options, resolved)
     resolved.update(tile_size=options.tile_size if options.tiled else None,
@@ -145,9 +154,9 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
     text: TextInputs = read_inputs(TextInputs, resolved)
     for name in ("prompt", "negative_prompt"):
         check_text(name, resolved.get(name))
-    if text.num_videos_per_prompt < 1:
-        raise ArgumentError(f"num_videos_per_prompt is {text.num_videos_per_prompt}; give 1 or more.")
+    check_embeds(text, parts)
     num_videos = text.num_prompts * text.num_videos_per_prompt
+    check_seed(options.seed, num_videos)
     geometry = _geometry(options, parts, num_videos)
     if options.save_latents is not None:
         check_latents_path(options.save_latents, prod(geometry.latent_shape), parts)
@@ -159,6 +168,12 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
             inputs[name] = own
             if isinstance(conditioner, SizeChecker):
                 conditioner.check(own, geometry, parts)
+    readers = (CallOptions, *(type(own) for own in inputs.values()))
+    refuse_unread(
+        {name: value for name, value in given.items() if value is not None},
+        {name: default for name, (_, default) in known_arguments().items()},
+        readers, why_unread(given, resolved, parts),
+    )  # fmt: skip
     is_list = text.prompt_embeds is None and not isinstance(text.prompt, str)
     return VideoRequest(
         options=replace(
@@ -219,18 +234,20 @@ def _check_options(options: CallOptions, resolved: Mapping[str, object]) -> None
         raise ArgumentError(f"sampler is {options.sampler!r}; known: {', '.join(SAMPLERS)}.")
     if options.output_type not in OUTPUT_TYPES:
         raise ArgumentError(f"output_type is {options.output_type!r}; known: {', '.join(OUTPUT_TYPES)}.")
-    steps = options.num_inference_steps
+    steps = options.num_inference_steps  # of the checkpoint or a preset, where the caller gives none
     if options.sigmas is None and (not isinstance(steps, Integral) or steps < 1):
         raise ArgumentError(f"num_inference_steps is {steps}; give 1 or more (50 is usual).")
-    for name in ("cfg_scale", "cfg_scale_low_noise"):
-        value = resolved.get(name)
-        if value is not None and not (isinstance(value, (int, float)) and -100 < value < 100):
-            raise ArgumentError(f"{name} is {value}; give a number, 1 (no guidance) to 10 are usual.")
-    if options.seed is not None and not isinstance(options.seed, Integral):
-        raise ArgumentError(f"seed is {options.seed!r}; give a whole number, or None to draw one.")
     boundary = options.switch_DiT_boundary
     if boundary is not None and not 0.0 <= boundary <= 1.0:
         raise ArgumentError(f"switch_DiT_boundary is {boundary}; give 0 to 1 (0.875 for T2V-A14B).")
+
+
+def _resize_of_v1(given: Mapping[str, object], precision: str) -> dict[str, object]:
+    """v1 stretched pictures to height and width, and so does ``precision="v1"`` unless the call says else."""
+    is_fitted = any(given.get(name) is not None for name in ("input_image", "end_image", "reference_image"))
+    if precision != "v1" or not is_fitted or not all(given.get(n) is None for n in ("resize", "max_area")):
+        return {}
+    return {"resize": "stretch"}
 
 
 def _check_steps(options: CallOptions) -> None:
@@ -247,6 +264,9 @@ def _check_steps(options: CallOptions) -> None:
 def _tiling(options: CallOptions, precision: str) -> CallOptions:
     tiling = Tiling(options.tiled, options.tile_size, options.tile_stride)
     tiled = tiling.starts_tiled(precision)
+    if tiled is False and (options.tile_size, options.tile_stride) != (None, None):
+        # v1 scripts give all three, so that this is no error
+        announce("tile_size and tile_stride are not read: tiled is False.")
     return replace(options, tiled=tiled, tile_size=tiling.size, tile_stride=tiling.stride)
 
 
@@ -277,6 +297,11 @@ def _geometry(options: CallOptions, parts: PipelineComponents, num_videos: int) 
     height = _snapped("height", options.height, multiples[0], options.strict)
     width = _snapped("width", options.width, multiples[1], options.strict)
     num_frames = _snapped_frames(options.num_frames, options.strict)
+    most = {"height": MAX_TOKENS * multiples[0], "width": MAX_TOKENS * multiples[1],
+            "num_frames": TEMPORAL_STRIDE * (MAX_TOKENS - 1) + 1}  # fmt: skip
+    for name, value in (("height", height), ("width", width), ("num_frames", num_frames)):
+        if value > most[name]:
+            raise ArgumentError(f"{name} is {value}; Wan models know positions up to {most[name]}.")
     return Geometry(
         num_videos=num_videos, num_frames=num_frames, height=height, width=width, latent_channels=channels,
         latent_frames=(num_frames - 1) // TEMPORAL_STRIDE + 1, latent_height=height // stride,

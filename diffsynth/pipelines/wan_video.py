@@ -29,6 +29,7 @@ from diffsynth.pipelines.kernels import choose_kernels
 from diffsynth.pipelines.loras import LoRAMethods
 from diffsynth.pipelines.memory import MemoryLimits, MemoryManager
 from diffsynth.pipelines.noise import draw_noise, prepared_sampler
+from diffsynth.pipelines.remarks import make_remarks
 from diffsynth.pipelines.request import CallOptions, VideoRequest, call_signature, read_request
 from diffsynth.pipelines.run_facts import without_iterators
 from diffsynth.pipelines.saved_latents import KeptLatents, keep_latents, latents_kept, provenance
@@ -330,6 +331,7 @@ class WanVideoPipeline(LoRAMethods, ExpertMethods):
                 f"No VAE is loaded; load {self.parts.vae_file}, or ask for output_type='latent'."
             )
         sampler = prepared_sampler(request)
+        make_remarks(request, self.parts)
         self.parts.loras.begin(*step_counts(self.parts, request.options, sampler))
         course = plot_course(request, arguments, self.parts, self.precision, sampler)
         self.parts.loras.advance(course.first_step)

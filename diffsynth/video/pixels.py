@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from diffsynth.announce import announce
 from diffsynth.errors import ArgumentError, NotFiniteError
 from diffsynth.video.plain import ON_WHITE, ORIENTATION, SIXTEEN_BITS, over_white, plain_picture
 
@@ -105,7 +106,14 @@ def picture_size(frame: Frame) -> tuple[int, int]:
 
 
 def frames_to_tensor(
-    frames: Frames | Frame, height: int, width: int, resize: Resize = "cover", *, log: bool = True
+    frames: Frames | Frame,
+    height: int,
+    width: int,
+    resize: Resize = "cover",
+    *,
+    log: bool = True,
+    name: str = "frames",
+    advice: str = "",
 ) -> Tensor:
     """Return pictures as the tensor that networks ask for.
 
@@ -121,6 +129,8 @@ def frames_to_tensor(
         resize: "cover" crops in the middle to the asked shape first, "stretch" gives up the proportions,
             "contain" shows the whole picture between black bars.
         log: say it; False where the same pictures are read a second time.
+        name: of the input, for the log.
+        advice: how to lose nothing of a picture of other proportions, for the log.
 
     Returns:
         (1, 3, F, height, width) float32 in [-1, 1].
@@ -150,8 +160,23 @@ def frames_to_tensor(
     if log and notes:
         logger.info("pictures were %s", "; ".join(sorted(notes)))
     if log and first != (height, width):
-        logger.info("frames of %dx%d were %s to %dx%d", first[1], first[0], _HOW[resize], width, height)
+        is_cut = resize == "cover" and has_other_proportions(first, height, width)
+        # What is cut away is gone: that is told to people without a log, too.
+        (announce if is_cut else logger.info)(
+            "%s of %dx%d %s %s to %dx%d%s",
+            name, first[1], first[0], "were" if name == "frames" else "was", _HOW[resize], width, height,
+            advice if is_cut else "",
+        )  # fmt: skip
     return torch.stack(planes, dim=1)[None]
+
+
+def has_other_proportions(size: tuple[int, int], height: int, width: int) -> bool:
+    """Whether more than a row or column of pixels, of either picture, is lost when one fills the other."""
+    left, top, right, bottom = crop_box(size, height, width)
+    lost = (size[0] - (bottom - top), size[1] - (right - left))
+    return any(
+        cut > max(1.0, own / asked) for cut, own, asked in zip(lost, size, (height, width), strict=True)
+    )
 
 
 def tensor_to_frames(video: Tensor, rounding: Literal["round", "truncate"] = "round") -> NDArray[np.uint8]:

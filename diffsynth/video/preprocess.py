@@ -7,8 +7,10 @@ setup.py brings all three.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,12 +25,20 @@ from diffsynth.video.pixels import Frames, as_rgb8, iterate_frames
 if TYPE_CHECKING:
     from pathlib import Path
 
+logger = logging.getLogger("diffsynth")
+
 Pixels: TypeAlias = NDArray[np.uint8]  # (H, W, 3)
 Step: TypeAlias = Callable[[Pixels], Pixels]
 Task: TypeAlias = Callable[[Iterator[Pixels]], Iterator[Pixels]]
 
-CANNY_THRESHOLDS = (100, 200)  # of gradients in 8 bits; those of VideoX-Fun's control videos
-SCRIBBLE_THRESHOLDS = (40, 120)  # after a blur, which leaves the outlines
+# Lower and upper, of gradients in 8 bits. A line begins where the gradient is above the upper one and goes on
+# while it is above the lower one.
+CANNY_THRESHOLDS = (100.0, 200.0)  # those of VideoX-Fun's control videos
+SCRIBBLE_THRESHOLDS = (40.0, 120.0)  # after a blur, which leaves the outlines
+# Where a picture is too soft for these: the upper one is a share of its own steepest gradients, above what
+# rounding to 8 bits makes (12) and above what noise or a texture makes everywhere (times the median).
+PEAK_PERCENTILE, SHARE_OF_PEAK, LEAST_GRADIENT, TIMES_MEDIAN = 99.9, 0.4, 12.0, 4.0
+EMPTY_SHARE = 2e-4  # of the pixels; a frame with fewer drawn ones guides nothing
 SCRIBBLE_SIGMA = 2.0  # pixels
 
 
@@ -39,6 +49,18 @@ class Options:
     model: str | Path | None = None  # of depth and pose: folder of weights, or of depth: a hub id
     download: bool = False  # let missing weights be downloaded; without it nothing uses the network
     device: str = "cpu"
+    # of canny and scribble, lower and upper; None: the usual ones, and lower ones where a picture is soft
+    thresholds: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.thresholds is None:
+            return
+        low, high = self.thresholds
+        if not 0 <= low <= high < math.inf or high <= 0:
+            raise ArgumentError(
+                f"thresholds are {low:g} and {high:g}; give a lower and an upper one, 0 or more, such as "
+                f"{CANNY_THRESHOLDS[0]:g} and {CANNY_THRESHOLDS[1]:g} (lower ones find more lines)."
+            )
 
 
 def preprocess(frames: Frames, task: str, options: Options | None = None) -> Iterator[Pixels]:
@@ -47,7 +69,9 @@ def preprocess(frames: Frames, task: str, options: Options | None = None) -> Ite
     Args:
         frames: whatever `save_video` takes; all of one size.
         task: one of `TASKS`.
-        options: of depth and pose.
+        options: of canny, scribble, depth and pose.
+
+    A warning at the end tells how many frames show (almost) nothing.
 
     Raises:
         ArgumentError: at once for an unknown task, or options that it does not read.
@@ -56,12 +80,27 @@ def preprocess(frames: Frames, task: str, options: Options | None = None) -> Ite
     if task not in TASKS:
         raise ArgumentError(f"task is {task!r}; known: {', '.join(TASKS)}.")
     options = options or Options()
-    if task not in WITH_MODEL and options != Options():
+    if task not in WITH_MODEL and replace(options, thresholds=None) != Options():
         raise ArgumentError(
             f"model, download and device are for {' and '.join(WITH_MODEL)}; task {task!r} reads none of "
             "them."
         )
-    return TASKS[task](options)(as_rgb8(frame, index) for index, frame in enumerate(iterate_frames(frames)))
+    if task not in WITH_LINES and options.thresholds is not None:
+        raise ArgumentError(f"thresholds are for {' and '.join(WITH_LINES)}; task {task!r} reads none.")
+    drawn = TASKS[task](options)(as_rgb8(frame, index) for index, frame in enumerate(iterate_frames(frames)))
+    return _watched(drawn, task)
+
+
+def _watched(frames: Iterator[Pixels], task: str) -> Iterator[Pixels]:
+    """The same frames; at the end a warning, if some of them are of one colour but for a few pixels."""
+    count = num_empty = 0
+    for frame in frames:
+        count += 1
+        num_empty += bool((frame != frame[0, 0]).any(axis=2).mean() < EMPTY_SHARE)
+        yield frame
+    if num_empty:
+        advice = "; lower thresholds find more lines" if task in WITH_LINES else ""
+        logger.warning("%s: %d of %d frames show (almost) nothing%s.", task, num_empty, count, advice)
 
 
 def _each(step: Step) -> Task:
@@ -84,9 +123,12 @@ def _grey(options: Options) -> Task:
 def _canny(options: Options) -> Task:
     """White lines on black where brightness jumps."""
     cv2 = _package("cv2", "canny")
-    return _each(
-        lambda pixels: _lines(cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), *CANNY_THRESHOLDS))
-    )
+
+    def step(pixels: Pixels) -> Pixels:
+        grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+        return _lines(cv2.Canny(grey, *_thresholds(cv2, grey, CANNY_THRESHOLDS, options)))
+
+    return _each(step)
 
 
 def _scribble(options: Options) -> Task:
@@ -96,9 +138,22 @@ def _scribble(options: Options) -> Task:
 
     def step(pixels: Pixels) -> Pixels:
         blurred = cv2.GaussianBlur(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), (0, 0), SCRIBBLE_SIGMA)
-        return _lines(cv2.dilate(cv2.Canny(blurred, *SCRIBBLE_THRESHOLDS), brush))
+        lines = cv2.Canny(blurred, *_thresholds(cv2, blurred, SCRIBBLE_THRESHOLDS, options))
+        return _lines(cv2.dilate(lines, brush))
 
     return _each(step)
+
+
+def _thresholds(
+    cv2: Any, grey: NDArray[np.uint8], usual: tuple[float, float], options: Options
+) -> tuple[float, float]:
+    """The caller's, or the usual ones, lowered in one proportion where the picture is soft."""
+    if options.thresholds is not None:
+        return options.thresholds
+    gradient = np.abs(cv2.Sobel(grey, cv2.CV_32F, 1, 0)) + np.abs(cv2.Sobel(grey, cv2.CV_32F, 0, 1))
+    median, peak = np.percentile(gradient, (50, PEAK_PERCENTILE))
+    upper = min(usual[1], max(LEAST_GRADIENT, SHARE_OF_PEAK * peak, TIMES_MEDIAN * median))
+    return usual[0] * upper / usual[1], float(upper)
 
 
 def _lines(drawn: NDArray[np.uint8]) -> Pixels:
@@ -216,3 +271,4 @@ TASKS: Mapping[str, Callable[[Options], Task]] = {
     "pose": _pose,
 }
 WITH_MODEL = ("depth", "pose")
+WITH_LINES = ("canny", "scribble")

@@ -211,7 +211,7 @@ def test_a_full_disk_is_known_before_a_model_is_loaded(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--steps", 0), "num_inference_steps is 0; give 1 or more"),
+        (("--steps", 0), "num_inference_steps is 0; give a whole number from 1"),
         (("--num-frames", 6, "--strict"), "num_frames is 6, which is not 4 k + 1; the nearest is 9"),
         (("--denoising-strength", 0.5), "there is no input_video"),
         (("--num-videos-per-prompt", 0), "num_videos_per_prompt is 0"),

@@ -99,9 +99,17 @@ def test_a_list_of_poses_is_the_direction_that_it_spells() -> None:
     assert torch.equal(paths[0].rays(4), paths[1].rays(4))
 
 
+@pytest.mark.parametrize("word", ["left", "LEFT", "leftup", "LeftUP"])
+def test_a_direction_is_the_same_in_any_case(word: str) -> None:
+    named = "Left" if word.lower() == "left" else "LeftUp"
+    inputs = CameraInputs(camera_control_direction=word)
+    assert CameraConditioner().applies(inputs, Parts(CAMERA))  # type: ignore[arg-type]
+    assert moved_poses(word, 5) == moved_poses(named, 5)
+
+
 WRONG: list[tuple[dict[str, Any], frozenset[str], type[DiffSynthError], str]] = [
     ({}, CAMERA, ArgumentError, "follows a camera and none was given; give camera_control_dir"),
-    ({"camera_control_direction": "left"}, CAMERA, ArgumentError, "is 'left'; give Left, Right"),
+    ({"camera_control_direction": "lefty"}, CAMERA, ArgumentError, "is 'lefty'; give Left, Right"),
     ({"camera_control_direction": "UpLeft"}, CAMERA, ArgumentError, "joined in this order"),
     ({"camera_control_direction": ""}, CAMERA, ArgumentError, "camera_control_direction is ''"),
     (

@@ -91,7 +91,7 @@ def test_how_a_picture_is_resized_is_the_callers_choice(
         made = [make(pipe, input_image=wide, resize=how) for how in ("cover", "stretch", "contain")]
     assert not any(torch.equal(a, b) for a, b in ((made[0], made[1]), (made[0], made[2]), (made[1], made[2])))
     for words in ("cropped in the middle and resized", "stretched", "resized and set between black bars"):
-        assert caplog.text.count(f"frames of 96x32 were {words} to 48x32") == 1
+        assert caplog.text.count(f"input_image of 96x32 was {words} to 48x32") == 1
     with pytest.raises(ArgumentError, match="resize is 'fit'; known: cover, stretch, contain"):
         make(pipe, resize="fit")
 

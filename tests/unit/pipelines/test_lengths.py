@@ -19,7 +19,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "t2v",
         {"input_video": VIDEO[:4], "denoising_strength": 0.5},
-        "has 4 frames and num_frames is 5; give num",
+        "has 4 frames and num_frames is 5; give fit='hold'",
     ),
     ("t2v", {"input_video": VIDEO[:0], "denoising_strength": 0.5}, "input_video is empty; give 5 frames"),
     ("control", {"control_video": VIDEO}, "control_video has 9 frames .* give fit='trim'"),

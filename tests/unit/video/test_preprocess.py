@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFilter
 
 from diffsynth.errors import ArgumentError, MissingPackageError
 from diffsynth.video.flow_colours import flow_colours
-from diffsynth.video.preprocess import TASKS, Options, preprocess
+from diffsynth.video.preprocess import CANNY_THRESHOLDS, SCRIBBLE_THRESHOLDS, TASKS, Options, preprocess
 
 HEIGHT, WIDTH = 64, 96
 
@@ -43,6 +44,53 @@ def test_lines_are_white_where_brightness_jumps(task: str) -> None:
     columns = np.flatnonzero(drawn.any(axis=(0, 2)))
     assert abs(columns.mean() - WIDTH / 2) <= 1.5 and len(columns) <= 6
     assert drawn[8:-8, columns[len(columns) // 2]].all()
+
+
+def soft_circle(sigma: float = 6.0) -> np.ndarray:
+    y, x = np.mgrid[:128, :192]
+    frame = np.where(((y - 64) ** 2 + (x - 96) ** 2 < 32**2)[:, :, None], np.uint8(220), np.uint8(20))
+    picture = Image.fromarray(np.repeat(frame, 3, axis=2)).filter(ImageFilter.GaussianBlur(sigma))
+    return np.asarray(picture)
+
+
+@pytest.mark.parametrize("task", ["canny", "scribble"])
+@pytest.mark.parametrize("sigma", [6.0, 12.0])
+def test_lines_of_a_soft_picture_are_drawn_too(task: str, sigma: float) -> None:
+    pytest.importorskip("cv2")
+    (drawn,) = preprocess([soft_circle(sigma)], task)
+    y, x = np.nonzero(drawn[:, :, 0])
+    radius = np.hypot(y - 64, x - 96)
+    assert len(y) >= 150 and abs(np.median(radius) - 32) <= 4, "the outline of the circle"
+    (none,) = preprocess([soft_circle(sigma)], task, Options(thresholds=(300, 600)))
+    assert not none.any()
+
+
+@pytest.mark.parametrize("task", ["canny", "scribble"])
+def test_a_sharp_picture_keeps_the_usual_thresholds(task: str) -> None:
+    pytest.importorskip("cv2")
+    usual = {"canny": CANNY_THRESHOLDS, "scribble": SCRIBBLE_THRESHOLDS}[task]
+    (made,) = preprocess([soft_circle(0.5)], task)
+    (asked,) = preprocess([soft_circle(0.5)], task, Options(thresholds=usual))
+    assert np.array_equal(made, asked)
+
+
+def test_noise_is_no_line() -> None:
+    pytest.importorskip("cv2")
+    noise = np.random.default_rng(0).normal(128, 3, (128, 192, 3)).clip(0, 255).astype(np.uint8)
+    (drawn,) = preprocess([noise], "canny")
+    assert (drawn > 0).mean() < 0.02
+
+
+@pytest.mark.parametrize("task", ["grey", "canny", "scribble", "flow"])
+def test_frames_that_show_nothing_are_counted(task: str, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("cv2")
+    flat = np.full((64, 96, 3), 128, np.uint8)
+    list(preprocess([flat] * 3, task))
+    assert f"{task}: 3 of 3 frames show (almost) nothing" in caplog.text
+    assert ("lower thresholds" in caplog.text) is (task in ("canny", "scribble"))
+    caplog.clear()
+    list(preprocess([square(20), square(24)], task))
+    assert caplog.text == ""
 
 
 def test_flow_has_the_hue_of_its_direction() -> None:
@@ -118,6 +166,7 @@ def test_missing_package_is_named_with_what_installs_it(task: str, monkeypatch: 
     [
         ("sketch", Options(), "known: grey, canny"),
         ("grey", Options(model="x"), "task 'grey' reads none"),
+        ("grey", Options(thresholds=(1, 2)), "thresholds are for canny and scribble; task 'grey' reads none"),
         ("depth", Options(), "needs model: a folder"),
         ("depth", Options(model="nowhere/at-all"), "no depth model was found"),
     ],
@@ -129,3 +178,9 @@ def test_wrong_task_or_option_is_refused_before_a_frame_is_read(
     with pytest.raises(ArgumentError, match=says):
         preprocess([], task, options)
     assert "sketch" not in TASKS
+
+
+@pytest.mark.parametrize("wrong", [(2, 1), (-1, 5), (0, 0), (float("nan"), 5), (1, float("inf"))])
+def test_thresholds_that_cannot_be_are_refused(wrong: tuple[float, float]) -> None:
+    with pytest.raises(ArgumentError, match="give a lower and an upper one"):
+        Options(thresholds=wrong)
