@@ -42,9 +42,8 @@ logger = logging.getLogger("diffsynth")
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 TEMPORAL_STRIDE = 4
-MAX_TOKENS = (
-    1024  # along time, height or width: the length of Wan's own table of positions (modules/model.py)
-)
+# along time, height or width: the length of Wan's own table of positions (wan/modules/model.py)
+MAX_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
