@@ -93,7 +93,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="control_video", kind=Path, panel=SOURCE,
          help="Edges, poses or depth to follow, of a Fun Control model: a video, or a folder of pictures."),
     Flag(name="fit", kind=FitName, panel=SOURCE,
-         help="Of an input video that is not --num-frames long: trim a longer, hold a shorter one's last frame."),
+         help="Of a video that is not --num-frames long: trim a longer, hold a shorter one's last frame."),
     Flag(name="reference_image", kind=Path, panel=SOURCE,
          help="What the video shows, of a Fun V1.1 Control model."),
     Flag(name="camera_control_direction", kind=str, panel=SOURCE,

@@ -66,7 +66,7 @@ def run_facts(
         "settings": settings,
         "inputs": inputs,
         "networks": {
-            name: hash_of_tensors([*network.named_parameters(), *network.named_buffers()])
+            name: _hash_of_network(network)
             for name, network in parts.networks().items()
             if network is not None
         },
@@ -82,6 +82,13 @@ def run_facts(
     }
     plain: Facts = json.loads(json.dumps(facts))
     return plain
+
+
+def _hash_of_network(network: nn.Module) -> str:
+    """Of its weights, and of what else decides its results: the statistics of a VAE's latents."""
+    weights = hash_of_tensors([*network.named_parameters(), *network.named_buffers()])
+    beside = getattr(network, "identity_beside_weights", b"")
+    return hash_of_parts([weights, beside]) if beside else weights
 
 
 def differences(then: Facts, now: Facts) -> list[str]:
