@@ -22,7 +22,6 @@ from diffsynth.vram_management.copiers import (
     ThreadCopier,
     Transfer,
     host_buffer,
-    release_buffer,
 )
 from diffsynth.vram_management.fp8 import widening
 from diffsynth.vram_management.plan import DiTSizes, MemoryPlan, Rates, layers_of_module, plan_memory
@@ -154,14 +153,9 @@ def plan_text(plan: MemoryPlan) -> str:
 
 def copy_alone_gbs(num_bytes: int, device: torch.device, *, is_pinned: bool = True) -> float:
     """GB/s of one host buffer to the device with nothing else under way; the median of ten copies."""
-    pins = is_pinned and device.type == "cuda"
-    source = host_buffer(num_bytes, is_pinned=pins)
+    source = host_buffer(num_bytes, device if is_pinned and device.type == "cuda" else None)
     target = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    try:
-        copies = [seconds_of(lambda: source.read_into(target, 0, num_bytes), device) for _ in range(12)]
-    finally:
-        if pins:
-            release_buffer(source)
+    copies = [seconds_of(lambda: source.read_into(target, 0, num_bytes), device) for _ in range(12)]
     return num_bytes / median(copies[2:]) / GB
 
 

@@ -333,9 +333,13 @@ def _generate(pipe: WanVideoPipeline, arguments: Mapping[str, Any]) -> Tensor:
     """Latents (B, C, T, h, w)."""
     import torch
 
+    from diffsynth.ops.out_of_memory import is_out_of_memory
+
     try:
         latents = pipe(**arguments, output_type="latent")
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         reason = str(error).partition(". ")[0]
         raise DiffSynthError(
             f"The GPU's memory does not suffice: {reason}. Ask for a smaller --height, --width or "

@@ -4,9 +4,12 @@ Letters: B batch, L queries, S keys, N heads, d size of a head.
 Every kernel takes q (B, L, N, d), k and v (B, S, N, d), an optional additive ``bias`` that broadcasts to
 (B, N, L, S), and gives (B, L, N, d). `attend` picks per call, among exact kernels only:
 
+- with a bias, torch's memory-efficient kernel. Torch itself prefers cuDNN on Hopper and Blackwell, whose
+  gradients become NaN there for some lengths and very low scores (pytorch issue 196678);
 - on Hopper, without a bias, cuDNN: 1.6 times as fast there as FlashAttention 2 (595 against 370 TFLOP/s at
-  16 thousand keys; source: FlashAttention 3's paper);
-- else torch's own choice, if it has a fused kernel for these tensors: flash, or memory-efficient with a bias;
+  16 thousand keys; source: FlashAttention 3's paper). In training from cuDNN 9.15.1 on, else flash: gradients
+  of earlier ones are wrong where the length is no multiple of 128 (pytorch issue 169849);
+- else torch's own choice, if it has a fused kernel for these tensors;
 - else, on a GPU, plain torch in chunks: torch would build the whole matrix of scores.
 
 `attention_kernel` gives one kernel by name; the environment variable DIFFSYNTH_ATTENTION names one for
@@ -25,7 +28,17 @@ import torch
 from torch import Tensor
 
 from diffsynth.errors import ArgumentError
-from diffsynth.ops.attention_kernels import CHUNKED, CUDNN, KERNELS, SDPA, Kernel, capability_of, torch_takes
+from diffsynth.ops.attention_kernels import (
+    CHUNKED,
+    CUDNN,
+    EFFICIENT,
+    FLASH,
+    KERNELS,
+    SDPA,
+    Kernel,
+    capability_of,
+    torch_takes,
+)
 
 VARIABLE = "DIFFSYNTH_ATTENTION"
 AUTOMATIC = "auto"
@@ -137,10 +150,10 @@ def describe_attention(
 def _automatic_text(device: torch.device) -> str:
     if device.type != "cuda":
         return f"{SDPA.name}: {SDPA.title} on {device.type}"
-    rest = f"{CHUNKED.name} where torch has no fused kernel"
+    rest = f"{EFFICIENT.name} with a bias; {CHUNKED.name} where torch has no fused kernel"
     if capability_of(device) == _HOPPER:
-        return f"{CUDNN.name}, the fastest exact kernel of torch on Hopper; {SDPA.name} with a bias; {rest}"
-    return f"{SDPA.name}: {SDPA.title}, flash or memory-efficient; {rest}"
+        return f"{CUDNN.name}, the fastest exact kernel of torch on Hopper; {rest}"
+    return f"{SDPA.name}: {SDPA.title}; {rest}"
 
 
 def _automatic(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Kernel:
@@ -148,10 +161,16 @@ def _automatic(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Kernel:
     # On the CPU torch's flash kernel takes any dtype and head, and any bias that needs no gradient.
     if q.device.type != "cuda":
         return SDPA
-    # With a bias the keys are those of a prompt, which are few: nothing to gain there.
-    if bias is None and capability_of(q.device) == _HOPPER and CUDNN.refuses(q, k, v, bias) is None:
-        return CUDNN
-    return SDPA if torch_takes(q, k, v, bias) else CHUNKED
+    kernels: tuple[Kernel, ...]
+    if bias is not None:
+        kernels = (EFFICIENT,)
+    elif capability_of(q.device) == _HOPPER:
+        kernels = (CUDNN, FLASH)
+    else:
+        # Named where torch might choose a cuDNN whose gradients are wrong.
+        kernels = (FLASH,) if CUDNN.lacks_gradient(q, k, v) else ()
+    found = next((kernel for kernel in kernels if kernel.refuses(q, k, v, bias) is None), SDPA)
+    return found if found is not SDPA or torch_takes(q, k, v, bias) else CHUNKED
 
 
 @lru_cache(maxsize=1)

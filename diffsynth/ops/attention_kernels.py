@@ -56,6 +56,7 @@ class Kernel:
     backend: SDPBackend | None = None  # of torch's own: torch says what this takes
     takes_bias: bool = False
     is_differentiable: bool = True
+    cudnn_for_gradients: int = 0  # oldest version of cuDNN whose gradients are right; 0: it is not cuDNN
     is_exact: bool = True  # False: quantises q and k, so that results differ by more than rounding
 
     def misfit(self, device: torch.device) -> str | None:
@@ -87,9 +88,17 @@ class Kernel:
             return "takes no bias"
         if not self.is_differentiable and torch.is_grad_enabled() and _wants_grad(q, k, v):
             return "has no gradient"
+        if self.lacks_gradient(q, k, v):
+            return "needs cuDNN 9.15.1 or newer for right gradients"
         if self.backend is not None and not torch_takes(q, k, v, bias, (self.backend,)):
             return "does not take such tensors, as torch finds"
         return self._refuses_type(q)
+
+    def lacks_gradient(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether gradients are wanted and this version of cuDNN computes them wrongly."""
+        if not self.cudnn_for_gradients or not torch.is_grad_enabled() or not _wants_grad(q, k, v):
+            return False
+        return (torch.backends.cudnn.version() or 0) < self.cudnn_for_gradients  # type: ignore[no-untyped-call]
 
     def _refuses_type(self, q: Tensor) -> str | None:
         if self.dtypes and q.dtype not in self.dtypes:
@@ -215,6 +224,22 @@ CUDNN = Kernel(
     capabilities=_AMPERE_ON,
     backend=SDPBackend.CUDNN_ATTENTION,
     takes_bias=True,
+    cudnn_for_gradients=91501,
+)
+FLASH = Kernel(
+    name="sdpa_flash",
+    title="torch's FlashAttention 2",
+    compute=_sdpa_by(SDPBackend.FLASH_ATTENTION),
+    capabilities=_AMPERE_ON,
+    backend=SDPBackend.FLASH_ATTENTION,
+)
+EFFICIENT = Kernel(
+    name="sdpa_efficient",
+    title="torch's memory-efficient attention",
+    compute=_sdpa_by(SDPBackend.EFFICIENT_ATTENTION),
+    capabilities=(((5, 0), _NEWEST),),
+    backend=SDPBackend.EFFICIENT_ATTENTION,
+    takes_bias=True,
 )
 
 
@@ -239,21 +264,8 @@ def _flash_kernel(
 KERNELS = (
     SDPA,
     CUDNN,
-    Kernel(
-        name="sdpa_flash",
-        title="torch's FlashAttention 2",
-        compute=_sdpa_by(SDPBackend.FLASH_ATTENTION),
-        capabilities=_AMPERE_ON,
-        backend=SDPBackend.FLASH_ATTENTION,
-    ),
-    Kernel(
-        name="sdpa_efficient",
-        title="torch's memory-efficient attention",
-        compute=_sdpa_by(SDPBackend.EFFICIENT_ATTENTION),
-        capabilities=(((5, 0), _NEWEST),),
-        backend=SDPBackend.EFFICIENT_ATTENTION,
-        takes_bias=True,
-    ),
+    FLASH,
+    EFFICIENT,
     _flash_kernel(2, "flash_attn", 256, _AMPERE_ON, "pip install flash-attn --no-build-isolation"),
     _flash_kernel(
         3, "flash_attn_interface", 256, _HOPPER, "build hopper/ of github.com/Dao-AILab/flash-attention"

@@ -19,6 +19,7 @@ import logging
 import os
 from collections.abc import Callable
 from functools import lru_cache
+from types import FunctionType
 from typing import Generic, ParamSpec
 
 import torch
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffsynth.errors import ArgumentError
+from diffsynth.ops.out_of_memory import is_out_of_memory
 
 VARIABLE = "DIFFSYNTH_COMPILE"
 _OLDEST_FOR_TRITON = (7, 0)  # compute capability; AMD's chips, which it counts otherwise, are above it
@@ -47,6 +49,8 @@ class Compiler:
             ArgumentError: when DIFFSYNTH_COMPILE is neither 0 nor 1.
         """
         if x.device.type != "cuda" or torch.is_grad_enabled() or self.has_failed:
+            return False
+        if torch.compiler.is_compiling():  # a compiled block generates kernels of its own
             return False
         return is_switched_on() and _has_triton(x.device)
 
@@ -86,7 +90,11 @@ def _has_triton(device: torch.device) -> bool:
 
 
 class Generated(Generic[P]):
-    """A function that is compiled at its first call.
+    """A function that is compiled at its first call, once for each kind of call.
+
+    A kind is what dtypes and sizes say, without the number of tokens. The compiler counts the variants of a
+    function, gives up at a limit, and leaves sizes open that have differed once: each kind has a function of
+    its own.
 
     Args:
         function: writes into its first argument.
@@ -96,27 +104,48 @@ class Generated(Generic[P]):
     def __init__(self, function: Callable[P, None], token_dims: tuple[int | None, ...]) -> None:
         self.function = function
         self._token_dims = token_dims
-        self._compiled: Callable[P, None] | None = None
+        self._compiled: dict[tuple[object, ...], Callable[P, None]] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> bool:
         """Compute, and return True; False when this process does not compile: then nothing was written."""
         if compiler.has_failed:
             return False
-        if self._compiled is None:
+        kind = tuple(_kind(arg, dim) for arg, dim in zip(args, self._token_dims, strict=True))
+        if kind not in self._compiled:
             # A whole graph or an error: past its limit of variants the compiler would else fall back in
             # silence to this very function run eagerly, with several float32 copies of the stream.
-            self._compiled = torch.compile(self.function, fullgraph=True)
+            own = _copy_of(self.function, f"{self.function.__name__}_{len(self._compiled)}")
+            self._compiled[kind] = torch.compile(own, fullgraph=True)
         for tensor, dim in zip(args, self._token_dims, strict=True):
             if isinstance(tensor, Tensor) and dim is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, dim)
         try:
-            self._compiled(*args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise  # no fault of the compiler
+            self._compiled[kind](*args, **kwargs)
         except Exception as error:  # no C compiler, a broken Triton, a chip it does not know, ...
+            if is_out_of_memory(error):
+                raise  # no fault of the compiler
             compiler.give_up(self.function.__name__, error)
             return False
         return True
+
+
+def _kind(arg: object, token_dim: int | None) -> object:
+    """What tells apart two calls that one kernel does not serve."""
+    if not isinstance(arg, Tensor):
+        return arg
+    shape = arg.shape if token_dim is None else (*arg.shape[:token_dim], *arg.shape[token_dim + 1 :])
+    return arg.dtype, shape, arg.device
+
+
+def _copy_of(function: Callable[P, None], name: str) -> Callable[P, None]:
+    """The same function, as another one for the compiler, which knows functions by code and name."""
+    assert isinstance(function, FunctionType)
+    copy = FunctionType(
+        function.__code__.replace(co_name=name), function.__globals__, function.__name__,
+        function.__defaults__, function.__closure__,
+    )  # fmt: skip
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _generated(*token_dims: int | None) -> Callable[[Callable[P, None]], Generated[P]]:

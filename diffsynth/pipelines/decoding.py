@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth.errors import ArgumentError, MissingModelError
+from diffsynth.ops.out_of_memory import is_out_of_memory
 from diffsynth.ops.tiling import Tile, blend_mask, tile_starts
 from diffsynth.video import tensor_to_frames, to_pil
 
@@ -214,7 +215,7 @@ class VideoDecoder:
                     num_given += 1
                     yield frame
                 return
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
                 _step_down(rung, next_rung, error, num_given)
             _make_room()
 
@@ -239,7 +240,7 @@ class VideoDecoder:
         for rung, next_rung in zip(rungs, [*rungs[1:], None], strict=True):
             try:
                 return [convert(chunk) for chunk in decoded_chunks(self.vae, latents, rung)]
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
                 _step_down(rung, next_rung, error)
             _make_room()
         raise AssertionError("the last rung returns or raises")
@@ -321,8 +322,10 @@ def _to_unit_range(chunk: Tensor) -> Tensor:
     return chunk.add_(1).div_(2).transpose(1, 2).cpu()
 
 
-def _step_down(rung: Rung, next_rung: Rung | None, error: torch.OutOfMemoryError, num_given: int = 0) -> None:
-    """Say which rung comes next and why, or that there is none."""
+def _step_down(rung: Rung, next_rung: Rung | None, error: RuntimeError, num_given: int = 0) -> None:
+    """Say which rung comes next and why, or that there is none; errors that are not of memory pass."""
+    if not is_out_of_memory(error):
+        raise error
     reason = str(error).partition(". ")[0]
     if next_rung is None:
         advice = (

@@ -202,7 +202,8 @@ class MemoryManager:
         before = {} if self.plan is None else self.plan.networks
         after = {} if plan is None else plan.networks
         if after != before:
-            self.residency.arrange(after)
+            # A limit of the host's memory counts what is locked for streams, and nothing beside.
+            self.residency.arrange(after, may_lock=self._limits is None or self._limits.ram_limit is None)
         for expert in (self._parts.high, self._parts.low):
             if expert is not None:
                 for network in (expert.dit, *expert.adapters):

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from diffsynth.vram_management.copiers import FlatSource, host_buffer, release_buffer
+from diffsynth.errors import PinnedMemoryError
+from diffsynth.vram_management.copiers import FlatSource, host_buffer
 
 SMALLEST_BYTES = 64 << 10  # smaller tensors stay where they are
 NUM_LEAVING = 2  # inputs whose copies may be under way
@@ -65,18 +66,18 @@ class _Pool:
     free: dict[int, list[FlatSource]] = field(default_factory=dict)
     made: list[FlatSource] = field(default_factory=list)
 
-    def take(self, num_bytes: int, *, is_pinned: bool) -> FlatSource:
+    def take(self, num_bytes: int, gpu: torch.device | None) -> FlatSource:
         waiting = self.free.get(num_bytes)
         if waiting:
             return waiting.pop()
-        source = host_buffer(num_bytes, is_pinned=is_pinned)
+        try:
+            source = host_buffer(num_bytes, gpu)
+        except PinnedMemoryError as error:
+            raise PinnedMemoryError(
+                f"{error} Or train without memory.offload: inputs of blocks then stay on the GPU."
+            ) from error
         self.made.append(source)
         return source
-
-
-def _unlock(made: list[FlatSource]) -> None:
-    for source in made:
-        release_buffer(source)
 
 
 class CheckpointOffload:
@@ -92,19 +93,18 @@ class CheckpointOffload:
         self._leaving: deque[tuple[_Away, torch.cuda.Event]] = deque()
         self._last: weakref.ref[_Away] | None = None
         self._stream: torch.cuda.Stream | None = None
-        self._unlock = weakref.finalize(self, _unlock, self._pool.made)
-        self._unlock.atexit = False  # the process takes them along
 
     def hooks(self) -> saved_tensors_hooks:
         """While this is entered, tensors that autograd keeps go to the host."""
         return saved_tensors_hooks(self._take_away, self._bring_back)
 
     def close(self) -> None:
-        """Unlock the host's memory; no backward pass is under way."""
+        """Let the host's memory go; no backward pass is under way."""
         if self._stream is not None:
             self._stream.synchronize()
         self._leaving.clear()
-        self._unlock()
+        self._pool.free.clear()
+        self._pool.made.clear()
 
     def _take_away(self, tensor: Tensor) -> Tensor | _Away:
         num_bytes = tensor.numel() * tensor.element_size()
@@ -112,7 +112,7 @@ class CheckpointOffload:
             return tensor
         tensor = tensor.detach().contiguous()
         is_cuda = tensor.device.type == "cuda"
-        away = _Away(tensor, self._pool.take(num_bytes, is_pinned=is_cuda), self._pool)
+        away = _Away(tensor, self._pool.take(num_bytes, tensor.device if is_cuda else None), self._pool)
         away.before, self._last = self._last, weakref.ref(away)
         self.counts.out += 1
         self.counts.host_bytes = sum(source.buffer.numel() for source in self._pool.made)

@@ -31,7 +31,7 @@ from diffsynth.training.offload import CheckpointOffload
 from diffsynth.vram_management.flat import resting_tensors
 from diffsynth.vram_management.fp8 import widening
 from diffsynth.vram_management.slots import StreamCounts
-from diffsynth.vram_management.streaming import BlockStream, Host
+from diffsynth.vram_management.streaming import BlockStream, Host, stream_blocks
 from diffsynth.vram_management.visit import at_once, in_order
 
 Mode = Literal["full", "keep_attention"]
@@ -229,7 +229,9 @@ class StreamedBase:
                     self._moved.append((tensor, tensor.data))
                     tensor.data = tensor.data.to(device)
             if blocks:
-                stream = BlockStream(blocks, device=device, num_slots=num_slots, host=host)
+                stream = stream_blocks(
+                    blocks, type(network).__name__, device=device, num_slots=num_slots, host=host
+                )
                 stream.returns = True
                 self._streams.append((network, stream))
                 self._of_block |= {id(block): stream for block in blocks}
@@ -257,8 +259,30 @@ class StreamedBase:
         self._moved.clear()
 
 
+class _UncompiledAttention:
+    """An attention kernel that torch.compile leaves out of its graph.
+
+    Which kernel takes a call is asked of torch's C++ and of the hardware, neither of which can be traced.
+    """
+
+    def __init__(self, inner: AttentionKernel) -> None:
+        self._inner = inner
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        """softmax(q k^T scale + bias) v; see `AttentionKernel`."""
+        return self._inner(q, k, v, bias=bias, scale=scale)
+
+    def __repr__(self) -> str:
+        return repr(self._inner)
+
+
 def compile_blocks(networks: Iterable[nn.Module], backend: str = "inductor") -> None:
-    """Let torch.compile compile each block; one code serves all blocks of a network."""
+    """Let torch.compile compile each block, but for attention; one code serves all blocks of a network."""
     for network in networks:
+        if hasattr(network, "attention"):
+            network.attention = _UncompiledAttention(network.attention)  # type: ignore[arg-type, assignment]
         for block in cast("Iterable[nn.Module]", getattr(network, "blocks", ())):
             block.compile(backend=backend)

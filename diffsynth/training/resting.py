@@ -16,9 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from diffsynth.errors import PinnedMemoryError
 from diffsynth.portable import is_alive
 from diffsynth.video.paths import disk_errors
 from diffsynth.vram_management.flat import resting_tensors
+from diffsynth.vram_management.host_memory import is_locked, lock_tensors
 
 logger = logging.getLogger("diffsynth")
 
@@ -46,7 +48,7 @@ class Resting:
         if place == "disk":
             _to_disk([tensor for some in tensors for tensor in some], folder)
         elif device.type == "cuda":
-            _lock([tensor for some in tensors for tensor in some])
+            _lock([tensor for some in tensors for tensor in some], device)
         self._experts = [[(tensor, tensor.data) for tensor in some] for some in tensors]
 
     def bring_in(self, number: int | None) -> None:
@@ -60,18 +62,16 @@ class Resting:
                 tensor.data = resting.to(self._device, non_blocking=True)
 
 
-def _lock(tensors: Sequence[Tensor]) -> None:
-    """Page-lock them, one by one; where the system allows no more, the rest stays as it is."""
-    for done, tensor in enumerate(tensors):
-        try:
-            tensor.data = tensor.data.pin_memory()
-        except RuntimeError as error:
-            logger.warning(
-                "%d of %d resting tensors are page-locked and the system allows no more (%s): the others "
-                "travel more slowly. memory.idle_expert: disk takes no memory at all.",
-                done, len(tensors), str(error).splitlines()[0],
-            )  # fmt: skip
-            return
+def _lock(tensors: Sequence[Tensor], device: torch.device) -> None:
+    """Page-lock them; where the system allows no more, the rest stays as it is."""
+    try:
+        lock_tensors(tensors, device)
+    except PinnedMemoryError as error:
+        logger.warning(
+            "%s %d of %d resting tensors are page-locked: the others travel more slowly. "
+            "memory.idle_expert: disk takes no memory at all.",
+            error, sum(map(is_locked, tensors)), len(tensors),
+        )  # fmt: skip
 
 
 def _to_disk(tensors: Sequence[Tensor], folder: Path) -> None:

@@ -7,6 +7,7 @@ device. The CPU can play the device too, with a worker thread as its copy engine
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 
 from diffsynth.errors import PinnedMemoryError
+from diffsynth.vram_management.host_memory import lasting_memory, locked_buffer
+
+logger = logging.getLogger("diffsynth")
 
 Mark = Callable[[], None]  # make the copy engine wait until the compute has passed this point
 
@@ -140,12 +144,18 @@ class RingCopier:
         carrier: carries from the ring to the device.
         block_bytes: of the largest block.
         num_buffers: of the ring; two let reading and carrying overlap.
-        is_pinned: whether a GPU reads the ring.
+        gpu: that reads the ring; None for the CPU as the device.
     """
 
-    def __init__(self, carrier: Copier, block_bytes: int, *, num_buffers: int = 2, is_pinned: bool) -> None:
+    def __init__(
+        self, carrier: Copier, block_bytes: int, *, num_buffers: int = 2, gpu: torch.device | None
+    ) -> None:
         self._carrier = carrier
-        self._ring = [host_buffer(block_bytes, is_pinned=is_pinned) for _ in range(num_buffers)]
+        try:
+            self._ring = [host_buffer(block_bytes, gpu) for _ in range(num_buffers)]
+        except PinnedMemoryError as error:
+            logger.warning("%s The ring is plain memory: copies take longer.", error)
+            self._ring = [host_buffer(block_bytes, None) for _ in range(num_buffers)]
         self._busy: list[Callable[[], None]] = [_nothing] * num_buffers
         self._next = 0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="diffsynth-read")
@@ -159,8 +169,6 @@ class RingCopier:
     def close(self) -> None:
         self._reader.shutdown()
         self._carrier.close()
-        for buffer in self._ring:
-            release_buffer(buffer)
 
     def _carry(self, target: Tensor, source: Source, start: int, stop: int, free: Mark) -> Transfer:
         index, self._next = self._next, (self._next + 1) % len(self._ring)
@@ -180,37 +188,20 @@ class _RingTransfer:
         self.future.result().wait()
 
 
-def host_buffer(num_bytes: int, *, is_pinned: bool) -> FlatSource:
+def host_buffer(num_bytes: int, gpu: torch.device | None) -> FlatSource:
     """Return a flat buffer of host memory.
 
     Args:
         num_bytes: its size.
-        is_pinned: lock its pages, so that a GPU reads it while the host goes on.
+        gpu: that reads it, for which its pages are locked; None for plain memory.
 
     Raises:
         PinnedMemoryError: when the system does not lock that much.
     """
-    buffer = torch.empty(num_bytes, dtype=torch.uint8)
-    if not is_pinned:
-        return FlatSource(buffer)
-    # Registered rather than allocated by torch, whose pinned allocator rounds up to powers of two: a block of
-    # 703 MB would cost 1024.
-    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    status = cudart.cudaHostRegister(buffer.data_ptr(), num_bytes, 0)
-    if int(status) != 0:
-        raise PinnedMemoryError(
-            f"The system did not lock {num_bytes / 2**20:.0f} MiB of memory for the GPU (CUDA error "
-            f"{int(status)}). Free memory, raise `ulimit -l`, or give ram_limit= so that blocks are read "
-            "from the file."
-        )
-    return FlatSource(buffer)
-
-
-def release_buffer(source: FlatSource) -> None:
-    """Unlock the pages of a pinned buffer; the memory goes with its last user."""
-    if torch.cuda.is_available() and source.buffer.numel() and source.buffer.is_pinned():
-        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        cudart.cudaHostUnregister(source.buffer.data_ptr())
+    if gpu is not None:
+        return FlatSource(locked_buffer(num_bytes, gpu))
+    with lasting_memory():
+        return FlatSource(torch.empty(num_bytes, dtype=torch.uint8))
 
 
 def _nothing() -> None:

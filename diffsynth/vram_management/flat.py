@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth.vram_management.copiers import FlatSource, ScatteredSource
+from diffsynth.vram_management.host_memory import is_locked
 
 ALIGNMENT = 256  # bytes; what kernels like, and more than any dtype needs
 CACHE_LINE = 64  # bytes; where torch begins memory on a CPU
@@ -67,6 +68,17 @@ class FlatLayout:
                 if tensor.numel()
             ]
         )
+
+    def home(self) -> FlatSource | None:
+        """The page-locked buffer that holds the tensors at their places already; None when there is none."""
+        if not self.tensors or not is_locked(self.tensors[0]):
+            return None
+        buffer = torch.empty(0, dtype=torch.uint8).set_(self.tensors[0].untyped_storage())
+        if buffer.numel() != self.num_bytes:
+            return None
+        starts = (buffer.data_ptr() + piece.offset for piece in self._pieces)
+        lies = all(t.data_ptr() == start for t, start in zip(self.tensors, starts, strict=True))
+        return FlatSource(buffer) if lies else None
 
     def gather(self, into: FlatSource) -> None:
         """Fill a buffer with the tensors and let them rest there: the memory they had is let go."""

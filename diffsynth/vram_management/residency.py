@@ -15,8 +15,9 @@ from diffsynth.errors import PinnedMemoryError
 from diffsynth.vram_management.choices import LOW_NOISE
 from diffsynth.vram_management.flat import bind
 from diffsynth.vram_management.fp8 import widening
+from diffsynth.vram_management.host_memory import host_has_room, lasting_memory, lock_tensors
 from diffsynth.vram_management.slots import StreamCounts
-from diffsynth.vram_management.streaming import BlockStream, Host
+from diffsynth.vram_management.streaming import stream_blocks
 from diffsynth.vram_management.visit import in_order
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ logger = logging.getLogger("diffsynth")
 class _Guest(Protocol):
     """A network, and the way in which it comes to the device."""
 
+    may_lock: bool  # the host's memory, for what comes as a whole
+
     def enter(self) -> None: ...
 
     def send_ahead(self, twin: _Guest | None) -> None: ...
@@ -38,10 +41,15 @@ class _Guest(Protocol):
 
 
 class _Whole:
-    """Comes as a whole: the device receives copies, which are dropped when it leaves."""
+    """Comes as a whole: the device receives copies, which are dropped when it leaves.
+
+    Set from outside: ``may_lock``, whether the host's memory may be locked for it.
+    """
 
     def __init__(self, tensors: list[Tensor], device: torch.device) -> None:
+        self.may_lock = True
         self._tensors, self._device = tensors, device
+        self._num_visits = 0
         self._resting: list[tuple[Tensor, Tensor]] = []
         self._coming: Future[None] | None = None
         self._ahead: list[Tensor] = []  # where they arrive
@@ -49,10 +57,14 @@ class _Whole:
     def enter(self) -> None:
         if self._resting:
             return
+        self._num_visits += 1
+        if self._num_visits == 2:
+            self._lock()
         self._resting = [(tensor, tensor.data) for tensor in self._absent()]
         if self._coming is None:
-            for tensor, resting in self._resting:
-                tensor.data = resting.to(self._device)
+            with lasting_memory():
+                for tensor, resting in self._resting:
+                    tensor.data = resting.to(self._device, non_blocking=True)
             return
         arrived, coming = self._ahead, self._coming
         self._ahead, self._coming = [], None
@@ -66,7 +78,8 @@ class _Whole:
             return
         # The memory is taken here, in the order of the compute; a thread copies, for memory that is not
         # pinned holds up whoever copies it.
-        self._ahead = [torch.empty_like(tensor, device=self._device) for tensor in absent]
+        with lasting_memory():
+            self._ahead = [torch.empty_like(tensor, device=self._device) for tensor in absent]
         carry = _carrying([tensor.data for tensor in absent], self._ahead, self._device)
         worker = ThreadPoolExecutor(1, thread_name_prefix="diffsynth-ahead")
         self._coming = worker.submit(carry)
@@ -85,6 +98,20 @@ class _Whole:
     def close(self) -> None:
         self.leave()
 
+    def _lock(self) -> None:
+        """Rest in page-locked memory from now on: who comes a second time comes often.
+
+        Locking takes longer than one copy from plain memory, and makes each later one several times as fast.
+        """
+        absent = self._absent()
+        if not self.may_lock or self._device.type != "cuda" or self._coming is not None:
+            return
+        if host_has_room(sum(tensor.nbytes for tensor in absent)):
+            try:
+                lock_tensors(absent, self._device)
+            except PinnedMemoryError as error:
+                logger.info("%s What is left travels from plain memory, more slowly.", error)
+
     def _absent(self) -> list[Tensor]:
         return [tensor for tensor in self._tensors if tensor.device != self._device]
 
@@ -101,14 +128,19 @@ class _Streamed:
             for name, tensor in (*network.named_parameters(), *network.named_buffers())
             if id(tensor) not in inside and name not in host_tables
         ]
+        self.may_lock = True
         self._network, self._rest = network, _Whole(rest, device)
         self.planned_host = plan.host  # the stream's own is "ring" where memory could not be pinned
         self.is_of_pair = plan.is_of_pair
-        self.stream = _stream(blocks, device, plan)
+        self.stream = stream_blocks(
+            blocks, plan.network, device=device, resident=plan.resident_blocks, num_slots=plan.num_slots,
+            host=plan.host, rests_all=plan.is_of_pair,
+        )  # fmt: skip
         self._streaming = widening(network, self.stream)
         self._resting = widening(network, in_order)
 
     def enter(self) -> None:
+        self._rest.may_lock = self.may_lock
         self._rest.enter()
         self.stream.start()
         self._network.visit = self._streaming  # type: ignore[assignment]
@@ -159,8 +191,14 @@ class Residency:
         self._guests = {}
         self.arrange({})
 
-    def arrange(self, plans: Mapping[str, NetworkPlan]) -> None:
-        """Follow these plans from now on; a network without one comes for its phase as a whole."""
+    def arrange(self, plans: Mapping[str, NetworkPlan], *, may_lock: bool = True) -> None:
+        """Follow these plans from now on; a network without one comes for its phase as a whole.
+
+        Args:
+            plans: by name.
+            may_lock: whether networks that come as a whole may rest in page-locked memory, where the host has
+                room. Blocks that are streamed rest as their plan says.
+        """
         self.release()
         for name, network in self._networks.items():
             plan, guest = plans.get(name), self._guests.get(name)
@@ -177,6 +215,7 @@ class Residency:
                 guest.stream.arrange(plan.resident_blocks, plan.num_slots)
             else:
                 self._replace(name, _Streamed(network, self._device, plan))
+            self._guests[name].may_lock = may_lock
         self._stays = {name for name, plan in plans.items() if plan.where == "resident"}
         self._pairs = {name for name, plan in plans.items() if plan.is_of_pair}
 
@@ -242,20 +281,6 @@ class Residency:
         if name in self._guests:
             self._guests[name].close()
         self._guests[name] = guest
-
-
-def _stream(blocks: list[nn.Module], device: torch.device, plan: NetworkPlan) -> BlockStream:
-    def made(host: Host) -> BlockStream:
-        return BlockStream(
-            blocks, device=device, resident=plan.resident_blocks, num_slots=plan.num_slots, host=host,
-            rests_all=plan.is_of_pair,
-        )  # fmt: skip
-
-    try:
-        return made(plan.host)
-    except PinnedMemoryError as error:
-        logger.warning("%s Blocks of %s are read through a small ring instead.", error, plan.network)
-        return made("ring")
 
 
 def _carrying(sources: list[Tensor], targets: list[Tensor], device: torch.device) -> Callable[[], None]:

@@ -11,11 +11,11 @@ are, and so do their gradients.
 
 from __future__ import annotations
 
-import weakref
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,18 +29,30 @@ from diffsynth.vram_management.copiers import (
     StreamCopier,
     ThreadCopier,
     host_buffer,
-    release_buffer,
 )
 from diffsynth.vram_management.flat import FlatLayout, bind, resting_tensors
+from diffsynth.vram_management.host_memory import lasting_memory, unlock_buffer
 from diffsynth.vram_management.slots import Slot, StreamCounts, StreamedBlock
+
+logger = logging.getLogger("diffsynth")
 
 Host = Literal["pinned", "ring", "pageable"]
 
 
-def _unlock(rested: dict[int, StreamedBlock]) -> None:
-    for one in rested.values():
-        if isinstance(one.source, FlatSource):
-            release_buffer(one.source)
+def stream_blocks(blocks: Sequence[nn.Module], network: str, *, host: Host, **choices: Any) -> BlockStream:
+    """Return a `BlockStream`, which reads through a ring where the system does not lock the memory.
+
+    Args:
+        blocks: of the network.
+        network: its name, for the log.
+        host: where the blocks are to rest.
+        choices: as `BlockStream`.
+    """
+    try:
+        return BlockStream(blocks, host=host, **choices)
+    except PinnedMemoryError as error:
+        logger.warning("%s Blocks of %s are read through a small ring instead.", error, network)
+        return BlockStream(blocks, host="ring", **choices)
 
 
 class BlockStream:
@@ -82,9 +94,6 @@ class BlockStream:
         self.returns = False
         self._device, self._given_copier, self._blocks = device, copier, list(blocks)
         self._rested: dict[int, StreamedBlock] = {}  # every block that was streamed once
-        # Locked pages must be unlocked before their memory goes, also when nobody calls `close`.
-        self._unlock = weakref.finalize(self, _unlock, self._rested)
-        self._unlock.atexit = False  # the process takes them along
         self._streamed: dict[int, StreamedBlock] = {}
         self._resident: list[nn.Module] = []
         self._num_slots = num_slots
@@ -111,11 +120,14 @@ class BlockStream:
         self.stop()
         stays = set(resident)
         try:
-            for index, block in enumerate(self._blocks):
-                if (self._rests_all or index not in stays) and index not in self._rested:
-                    self._rested[index] = self._lay_to_rest(block)
+            with lasting_memory():
+                for index, block in enumerate(self._blocks):
+                    if (self._rests_all or index not in stays) and index not in self._rested:
+                        self._rested[index] = self._lay_to_rest(block)
         except PinnedMemoryError:
-            self.close()
+            for one in self._rested.values():
+                if isinstance(one.source, FlatSource):
+                    unlock_buffer(one.source.buffer)  # room for what is tried next
             raise
         self._resident = [block for i, block in enumerate(self._blocks) if i in stays and not self._rests_all]
         self._stays = sorted(stays) if self._rests_all else []
@@ -135,20 +147,21 @@ class BlockStream:
             self._check_not_moved()
             self._copier, self._users = self._given_copier or self._new_copier(), [1]
         self._is_started = True
-        for block in self._resident:
-            for _, tensor in resting_tensors(block):
-                self._residing.append((tensor, tensor.data))
-                tensor.data = tensor.data.to(self._device)
-        for _ in range(min(self._num_slots, len(self._order)) - len(self._slots)):
-            buffer = torch.empty(self.slot_bytes, dtype=torch.uint8, device=self._device)
-            self._slots.append(Slot(buffer, self._copier.mark()))
-            self.counts.slots_made += 1
-        self._fetch_ahead(0, has_keys=False)
-        for index in self._stays:
-            if index not in self._own and index not in self._places:
-                size = self._rested[index].layout.num_bytes
-                self._places[index] = torch.empty(size, dtype=torch.uint8, device=self._device)
-        self._settle_all()
+        with lasting_memory():
+            for block in self._resident:
+                for _, tensor in resting_tensors(block):
+                    self._residing.append((tensor, tensor.data))
+                    tensor.data = tensor.data.to(self._device)
+            for _ in range(min(self._num_slots, len(self._order)) - len(self._slots)):
+                buffer = torch.empty(self.slot_bytes, dtype=torch.uint8, device=self._device)
+                self._slots.append(Slot(buffer, self._copier.mark()))
+                self.counts.slots_made += 1
+            self._fetch_ahead(0, has_keys=False)
+            for index in self._stays:
+                if index not in self._own and index not in self._places:
+                    size = self._rested[index].layout.num_bytes
+                    self._places[index] = torch.empty(size, dtype=torch.uint8, device=self._device)
+            self._settle_all()
 
     def stop(self) -> None:
         """Give the device's memory back; the blocks stand for their resting weights again."""
@@ -177,9 +190,8 @@ class BlockStream:
             one.views.clear()
 
     def close(self) -> None:
-        """Stop, and unlock the host's memory; the blocks keep their weights in it."""
+        """Stop; the blocks keep their weights in the host's memory, which stays locked while they live."""
         self.stop()
-        _unlock(self._rested)
 
     def hand_over(self, successor: BlockStream) -> None:
         """Let another stream follow on the memory of this one, whose next walk is its last.
@@ -246,14 +258,18 @@ class BlockStream:
         if self.host == "ring":
             source = layout.scattered()
         else:
-            source = host_buffer(layout.num_bytes, is_pinned=self.host == "pinned")
-            layout.gather(source)
+            gpu = self._device if self.host == "pinned" else None
+            home = layout.home() if gpu is not None else None
+            source = home or host_buffer(layout.num_bytes, gpu)
+            if home is None:
+                layout.gather(source)
         return StreamedBlock(block, layout, source, [tensor.data for tensor in layout.tensors])
 
     def _new_copier(self) -> Copier:
         copier: Copier = StreamCopier(self._device) if self._device.type == "cuda" else ThreadCopier()
         if self.host == "ring":
-            return RingCopier(copier, self._largest_bytes, is_pinned=self._device.type == "cuda")
+            gpu = self._device if self._device.type == "cuda" else None
+            return RingCopier(copier, self._largest_bytes, gpu=gpu)
         return copier
 
     @property

@@ -74,7 +74,9 @@ class RelativePositions(nn.Module):
 
     def forward(self, buckets: Tensor) -> Tensor:
         """(L, L) -> (1, N, L, L)."""
-        return self.embedding(buckets).permute(2, 0, 1).unsqueeze(0)  # type: ignore[no-any-return]
+        scores: Tensor = self.embedding(buckets).permute(2, 0, 1).unsqueeze(0)
+        # Fused kernels of a GPU take a bias whose last axis is dense; a CPU's sum in another order on it.
+        return scores.contiguous() if scores.device.type == "cuda" else scores
 
 
 class SelfAttention(nn.Module):

@@ -19,7 +19,7 @@ from diffsynth.errors import ArgumentError
 from diffsynth.ops import attention, attention_chunked, attention_kernels
 from diffsynth.ops.attention import attend, attention_kernel, describe_attention
 from diffsynth.ops.attention_chunked import attend_in_chunks
-from diffsynth.ops.attention_kernels import CHUNKED, CUDNN, KERNELS, SDPA
+from diffsynth.ops.attention_kernels import CHUNKED, CUDNN, EFFICIENT, FLASH, KERNELS, SDPA
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -259,27 +259,62 @@ class OnGPU:
 
 
 @pytest.mark.parametrize(
-    ("capability", "cudnn_takes", "any_takes", "has_bias", "expected"),
+    ("capability", "fitting", "has_bias", "expected"),
     [
-        pytest.param((9, 0), True, True, False, CUDNN, id="hopper"),
-        pytest.param((9, 0), True, True, True, SDPA, id="hopper-bias"),
-        pytest.param((9, 0), False, True, False, SDPA, id="hopper-unfit-shape"),
-        pytest.param((8, 9), True, True, False, SDPA, id="ada"),
-        pytest.param((12, 0), True, True, False, SDPA, id="blackwell"),
-        pytest.param((7, 5), False, False, False, CHUNKED, id="turing-bf16"),
-        pytest.param((7, 5), False, False, True, CHUNKED, id="turing-bf16-bias"),
-        pytest.param(None, False, True, False, SDPA, id="amd"),
+        pytest.param((9, 0), {CUDNN, FLASH, EFFICIENT}, False, CUDNN, id="hopper"),
+        pytest.param((9, 0), {CUDNN, EFFICIENT}, True, EFFICIENT, id="hopper-bias"),
+        pytest.param((9, 0), {FLASH, EFFICIENT}, False, FLASH, id="hopper-unfit-for-cudnn"),
+        pytest.param((9, 0), {EFFICIENT}, False, SDPA, id="hopper-unfit-shape"),
+        pytest.param((8, 9), {CUDNN, FLASH, EFFICIENT}, False, SDPA, id="ada"),
+        pytest.param((10, 0), {CUDNN, EFFICIENT}, True, EFFICIENT, id="blackwell-bias"),
+        pytest.param((12, 0), {CUDNN, FLASH, EFFICIENT}, False, SDPA, id="blackwell"),
+        pytest.param((7, 5), set(), False, CHUNKED, id="turing-bf16"),
+        pytest.param((7, 5), set(), True, CHUNKED, id="turing-bf16-bias"),
+        pytest.param(None, {FLASH}, False, SDPA, id="amd"),
     ],
 )
-def test_the_automatic_choice(monkeypatch, capability, cudnn_takes, any_takes, has_bias, expected) -> None:
-    for module in (attention, attention_kernels):
-        monkeypatch.setattr(module, "capability_of", lambda device: capability)
-    monkeypatch.setattr(attention_kernels, "torch_takes", lambda q, k, v, bias, backends: cudnn_takes)
-    monkeypatch.setattr(attention, "torch_takes", lambda q, k, v, bias: any_takes)
+def test_the_automatic_choice(monkeypatch, capability, fitting, has_bias, expected) -> None:
+    on_a_gpu(monkeypatch, capability, fitting)
     x = OnGPU()
     assert attention._automatic(x, x, x, torch.zeros(1) if has_bias else None) is expected
     described = describe_attention("cuda")
     assert described.startswith("sdpa_cudnn" if capability == (9, 0) else "sdpa:") and "chunked" in described
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, fitting: set) -> None:
+    """A GPU on which torch's kernels of ``fitting`` take every call."""
+    for module in (attention, attention_kernels):
+        monkeypatch.setattr(module, "capability_of", lambda device: capability)
+
+    def takes(q: object, k: object, v: object, bias: object, backends: tuple = ()) -> bool:
+        return bool(fitting) if not backends else any(kernel.backend in backends for kernel in fitting)
+
+    monkeypatch.setattr(attention_kernels, "torch_takes", takes)
+    monkeypatch.setattr(attention, "torch_takes", takes)
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("version", "is_training", "is_right"),
+    [
+        (91002, True, False),
+        (91500, True, False),
+        (91501, True, True),
+        (91002, False, True),
+        (None, True, False),
+    ],
+)
+def test_gradients_are_never_those_of_a_cudnn_that_computes_them_wrongly(
+    monkeypatch, capability, version: int, is_training: bool, is_right: bool
+) -> None:
+    on_a_gpu(monkeypatch, capability, {CUDNN, FLASH, EFFICIENT})
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    x = OnGPU()
+    x.requires_grad = is_training
+    by_default = CUDNN if capability == (9, 0) else SDPA
+    assert attention._automatic(x, x, x, None) is (by_default if is_right else FLASH)
+    refusal = CUDNN.refuses(x, x, x, None)
+    assert refusal is None if is_right else "9.15.1" in refusal
 
 
 def test_the_doctor_lists_all_kernels_and_a_wrong_choice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,28 @@ def test_a_compiler_that_fails_is_left_alone(monkeypatch, request, caplog, num_g
     assert len(warnings) == 1 and "(RuntimeError: no C compiler)" in warnings[0].getMessage()
 
 
+def test_every_kind_of_call_is_compiled_however_many_there_are(monkeypatch, compiler: Compiler) -> None:
+    """The compiler takes eight variants of a function, and leaves sizes open that have differed."""
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, fullgraph: whole(f, fullgraph=fullgraph, backend=backend))
+    kinds = [(width, dtype, batch) for width in (16, 32, 48, 64) for dtype in (torch.float32, torch.bfloat16)
+             for batch in (1, 2)]  # fmt: skip
+    with torch.no_grad():
+        for width, dtype, batch in kinds:
+            for tokens in (7, 9, 11):
+                x, y = torch.randn(2, batch, tokens, width).to(dtype)
+                assert fused.add_gated(x, y, torch.randn(batch, 1, width), None)
+    assert not compiler.has_failed
+    assert len(graphs) <= 2 * len(kinds), "one kernel serves every number of tokens"
+
+
 def test_running_out_of_memory_is_no_fault_of_the_compiler(monkeypatch, compiler: Compiler) -> None:
     def compile(function: Callable, *, fullgraph: bool) -> Callable:
         def call(*args: object) -> None:

@@ -50,6 +50,9 @@ class ShortOfMemory(nn.Module):
         super().__init__()
         self.vae, self.failures = vae, list(failures)
         self.z_dim, self.spatial_stride, self.temporal_stride = vae.z_dim, 8, 4
+        self.error: RuntimeError = torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. More words."
+        )
         self.sizes: list[tuple[int, int]] = []
         self.places: list[str] = []  # of the weights
         self._last: weakref.ref[Tensor] | None = None
@@ -63,7 +66,7 @@ class ShortOfMemory(nn.Module):
             if (size, index) in self.failures:
                 self.failures.remove((size, index))
                 self._last = weakref.ref(chunk)
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. More words.")
+                raise type(self.error)(*self.error.args)  # which holds nothing of an earlier attempt
             yield chunk
 
 
@@ -221,6 +224,32 @@ def test_untiled_means_untiled(vae: WanVideoVAE, latents: Tensor) -> None:
 def test_the_last_rung_says_so(vae: WanVideoVAE, latents: Tensor) -> None:
     short = ShortOfMemory(vae, (SIZE, 0), (TILE, 0))
     with pytest.raises(torch.OutOfMemoryError, match=r"tiles of 3 x 4 \(CUDA out of memory\). Nothing small"):
+        decoder(short).videos(latents, "pt", is_batch=False)
+
+
+class OfCUDA(RuntimeError):
+    """As torch.AcceleratorError, which not every torch has."""
+
+    error_code = 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+        OfCUDA("CUDA error: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+    ids=["no-engine", "accelerator", "cudnn"],
+)
+def test_the_ladder_knows_the_words_of_cuda_and_cudnn(
+    vae: WanVideoVAE, latents: Tensor, tiled: NDArray[np.uint8], error: RuntimeError
+) -> None:
+    short = ShortOfMemory(vae, (SIZE, 0))
+    short.error = error
+    assert np.array_equal(list(decoder(short).frames(latents)), tiled)
+    with pytest.raises(torch.OutOfMemoryError, match="Nothing smaller is left"):
+        short.failures += [(SIZE, 0), (TILE, 0)]
         decoder(short).videos(latents, "pt", is_batch=False)
 
 

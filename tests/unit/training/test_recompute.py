@@ -181,6 +181,26 @@ def test_step_that_an_error_cut_off_does_not_spoil_the_next() -> None:
     assert offload.counts.host_bytes == held <= 2 * NUM_BLOCKS * 576 * 48 * 4, "buffers serve again"
 
 
+def test_the_compiler_leaves_attention_out_in_training_and_in_validation() -> None:
+    """Which kernel takes a call is asked of torch's C++ and of the hardware: it cannot be traced."""
+    seen: list[bool] = []
+
+    def untraceable(*tensors: Tensor, **options: object) -> Tensor:
+        seen.append(torch.compiler.is_compiling())
+        return attend(*tensors, **options)
+
+    dit = toy_dit()
+    tuned = tune(dit, (), LORA)
+    expected = step(dit, tuned.parameters())
+    dit.attention = untraceable
+    torch._dynamo.reset()
+    compile_blocks([dit], backend="eager")
+    torch.testing.assert_close(step(dit, tuned.parameters())[0], expected[0])
+    with torch.no_grad():
+        forward(dit)
+    assert len(seen) == 4 * NUM_BLOCKS and not any(seen)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_blocks_give_the_same_within_rounding(mode: Mode) -> None:
     dit = toy_dit()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from diffsynth.errors import MovedModelError, PinnedMemoryError
-from diffsynth.vram_management import copiers, streaming
+from diffsynth.vram_management import streaming
 from diffsynth.vram_management.copiers import FlatSource
 from diffsynth.vram_management.memory_plan import NetworkPlan
 from diffsynth.vram_management.residency import Residency
@@ -77,10 +75,10 @@ def test_memory_that_cannot_be_pinned_is_read_through_a_ring(
 ) -> None:
     given = streaming.host_buffer
 
-    def refusing(num_bytes: int, *, is_pinned: bool) -> FlatSource:
-        if is_pinned:
+    def refusing(num_bytes: int, gpu: torch.device | None) -> FlatSource:
+        if gpu is not None:
             raise PinnedMemoryError("The system did not lock 1 MiB of memory for the GPU.")
-        return given(num_bytes, is_pinned=False)
+        return given(num_bytes, None)
 
     monkeypatch.setattr(streaming, "host_buffer", refusing)
     network = Network()
@@ -123,23 +121,3 @@ def test_a_network_that_could_not_come_is_tried_again(monkeypatch: pytest.Monkey
     with residency.use("one"):
         assert torch.equal(network(), expected)
     residency.close()
-
-
-def test_locked_memory_is_unlocked_when_its_stream_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    unlocked: list[int] = []
-    monkeypatch.setattr(streaming, "release_buffer", lambda source: unlocked.append(source.buffer.numel()))
-    network = Network()
-    stream = streaming.BlockStream(list(network.blocks), device=AWAY, host="pageable")
-    del stream
-    gc.collect()
-    assert len(unlocked) == 5
-
-
-def test_a_ring_is_unlocked_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    unlocked: list[int] = []
-    monkeypatch.setattr(copiers, "release_buffer", lambda source: unlocked.append(source.buffer.numel()))
-    network = Network()
-    stream = streaming.BlockStream(list(network.blocks), device=AWAY, host="ring")
-    stream.start()
-    stream.stop()
-    assert unlocked == [stream.slot_bytes] * 2

@@ -200,3 +200,15 @@ def test_copies_hide_behind_the_compute(
     longest = passes * NUM_BLOCKS * max(copy_s, compute_s)
     assert clock.compute_at <= 1.05 * longest + copy_s
     assert clock.compute_at >= passes * NUM_BLOCKS * compute_s
+
+
+@pytest.mark.parametrize("host", ["pageable", "ring"])
+def test_a_call_in_inference_mode_streams_as_any_other(blocks: nn.ModuleList, host: Host) -> None:
+    """Its threads and later calls are in no such mode, and write to what it has made."""
+    plain = run(in_order, blocks)
+    stream = BlockStream(blocks, device=CPU, host=host, resident=(1,))
+    with torch.inference_mode():
+        assert torch.equal(run(stream, blocks), plain)
+        assert torch.equal(run(stream, blocks), plain)
+    assert torch.equal(run(stream, blocks), plain)
+    stream.close()
