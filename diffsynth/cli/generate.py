@@ -63,7 +63,7 @@ def run_generate(prompt: str | None, given: Mapping[str, object]) -> None:
         DiffSynthError: what was wrong, before a model is loaded where it can be known.
         typer.BadParameter: without a prompt, or with two.
     """
-    from diffsynth.cli.generate_task import with_task
+    from diffsynth.cli.generate_task import with_example, with_task
     from diffsynth.cli.tasks import REFINE_TASK
 
     values: dict[str, Any] = {
@@ -75,7 +75,14 @@ def run_generate(prompt: str | None, given: Mapping[str, object]) -> None:
 
             make(*refined_by_task(values["prompt_text"] if prompt is None else prompt, values))
             return
-        text = _one_prompt(prompt, values["prompt_text"])
+        text, values = with_example(_one_prompt(prompt, values["prompt_text"]), values)
+        if text is None:
+            made = " For a video that diffsynth made: diffsynth refine --from FILE." * bool(
+                values["input_video"]
+            )
+            raise typer.BadParameter(
+                f"There is no prompt; give one: diffsynth generate 'a cat on the beach'.{made}"
+            )
         make(text, with_task(text, values))
 
 
@@ -141,13 +148,10 @@ def _write(
     return paths
 
 
-def _one_prompt(unnamed: str | None, named: str | None) -> str:
+def _one_prompt(unnamed: str | None, named: str | None) -> str | None:
     if unnamed is not None and named is not None:
         raise typer.BadParameter("The prompt is told twice, with --prompt and without a name; give one.")
-    prompt = named if unnamed is None else unnamed
-    if prompt is None:
-        raise typer.BadParameter("There is no prompt; give one: diffsynth generate 'a cat on the beach'.")
-    return prompt
+    return named if unnamed is None else unnamed
 
 
 def _call_arguments(prompt: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ anything is loaded.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -17,12 +18,14 @@ from typing import TYPE_CHECKING, Any, overload
 
 from diffsynth.cli.output import is_picture
 from diffsynth.cli.task_flags import BESIDE_FLAGS, EXTEND_FLAGS, GPUS_FLAGS, TASK_FLAGS
-from diffsynth.cli.tasks import TASKS, Task
+from diffsynth.cli.tasks import TASKS, USUAL_TASK, USUAL_TASK_22, Task
 from diffsynth.errors import ArgumentError, UnusedInputError
 from diffsynth.video import VideoData
 
 if TYPE_CHECKING:
     from diffsynth.video import Frame
+
+logger = logging.getLogger("diffsynth")
 
 # flag of generate.py -> ours
 RENAMED = {
@@ -38,6 +41,50 @@ SWITCHES = {
     **dict.fromkeys(("yes", "true", "t", "y", "1"), True),
     **dict.fromkeys(("no", "false", "f", "n", "0"), False),
 }
+
+
+def with_example(prompt: str | None, values: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """Return prompt and values, with what generate.py takes where a line leaves out the task or the prompt.
+
+    Args:
+        prompt: None: the line has none.
+        values: of `FLAGS` and of `TASK_FLAGS`.
+
+    Returns:
+        The prompt is None where none is given and no task has an example.
+
+    Raises:
+        ArgumentError: for a task that this version lacks, or an example whose pictures are not here.
+    """
+    filled = dict(values)
+    if values["task"] is None and values["ckpt_dir"] is not None:
+        filled["task"] = _usual_task(values)
+        logger.info("--task is not given: %s, as of generate.py of that version.", filled["task"])
+    name = filled["task"]
+    if name is None:
+        return prompt, filled
+    task = TASKS[name]
+    _check_lacks(name, task, {})
+    if prompt is not None or not task.example or values["input_video"] is not None:
+        return prompt, filled
+    if not any(values[flag] for flag in task.reads):
+        for flag, files in task.example_files:
+            paths = [Path(each) for each in files.split(",")]
+            if missing := [str(path) for path in paths if not path.is_file()]:
+                raise ArgumentError(
+                    f"--task {name} without --prompt is the official example, with --{flag} {files}; "
+                    f"{', '.join(missing)} of Wan's repository is not in this folder. Give --prompt, and "
+                    f"--{flag} of your own."
+                )
+            filled[flag] = paths[0] if flag in task.needs else files
+    logger.info("--prompt is not given: the official example of --task %s, %r.", name, task.example)
+    return task.example, filled
+
+
+def _usual_task(values: Mapping[str, Any]) -> str:
+    """The task of a line without one: Wan2.2's for two experts, or where a flag is of that version."""
+    has_two_experts = (Path(values["ckpt_dir"]).expanduser() / "high_noise_model").is_dir()
+    return USUAL_TASK_22 if has_two_experts or values["convert_model_dtype"] else USUAL_TASK
 
 
 def with_task(prompt: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,7 +111,7 @@ def with_task(prompt: str, values: Mapping[str, Any]) -> dict[str, Any]:
                 f", or --{RENAMED[unread[0]].replace('_', '-')} in its place" if unread[0] in RENAMED else ""
             )
             raise UnusedInputError(
-                f"--{unread[0]} is a flag of Wan's generate.py: give --task as well{instead}."
+                f"--{unread[0]} is a flag of Wan's generate.py: give --task or --ckpt_dir as well{instead}."
             )
         return {**kept, **_told_size(given, kept), **BESIDE_FLAGS}
     task = TASKS[name]
@@ -125,7 +172,10 @@ def official_name(name: str, task: Task, size: tuple[int, int], prompt: str) -> 
 
 def _check_lacks(name: str, task: Task, given: Mapping[str, Any]) -> None:
     if task.lacks:
-        raise ArgumentError(f"--task {name}: {task.lacks} is not in this version.")
+        raise ArgumentError(
+            f"--task {name}: {task.lacks} is not in this version, which knows its files by name alone "
+            "(diffsynth inspect FILE). The README lists the models that run."
+        )
     gpus = [flag for flag in GPUS_FLAGS if flag in given and (given[flag] is True or given[flag] > 1)]
     if gpus:
         told = ", ".join(f"--{flag}" + ("" if given[flag] is True else f" {given[flag]}") for flag in gpus)

@@ -13,8 +13,18 @@ from PIL import Image
 from typer.main import get_command
 
 from diffsynth import VideoData, read_metadata, save_video
+from diffsynth.cli import generate
 from diffsynth.cli.app import app
-from diffsynth.cli.generate_task import Fit, Picked, fit_source, official_name, parse_size, with_task
+from diffsynth.cli.flags import FLAGS
+from diffsynth.cli.generate_task import (
+    Fit,
+    Picked,
+    fit_source,
+    official_name,
+    parse_size,
+    with_example,
+    with_task,
+)
 from diffsynth.cli.task_flags import TASK_FLAGS
 from diffsynth.cli.tasks import NEGATIVE_PROMPT, TASKS
 from diffsynth.errors import ArgumentError, DiffSynthError, UnusedInputError
@@ -116,6 +126,121 @@ def test_a_line_of_later_work_says_what_is_not_there_yet(command: dict[str, Any]
     assert not is_gpus or told == ", ".join(command["later"][:3])
 
 
+CATS_LINE = "--task t2v-14B --size 1280*720 --ckpt_dir ./Wan2.1-T2V-14B --prompt cats --use_prompt_extend"
+BEAUTY_LINE = "--task t2i-14B --size 1024*1024 --ckpt_dir ./Wan2.1-T2V-14B --prompt '‰∏Ä‰∏™ Êú¥'"
+GPUS_LINE = "--dit_fsdp --t5_fsdp --ulysses_size 8 --base_seed 0 --frame_num 1"
+# lines of older and broken copies of the READMEs, and of a page about two stages
+COPIES = [
+    (
+        f"{CATS_LINE} --prompt_extend_method dashscope --prompt_extend_target_lang ch",
+        "extends the prompt is not",
+    ),
+    (
+        f"{CATS_LINE} --prompt_extend_method local_qwen --prompt_extend_target_lang ch",
+        "extends the prompt is not",
+    ),
+    (BEAUTY_LINE, ""),
+    (f"{GPUS_LINE} {BEAUTY_LINE}", "one video on several GPUs is not in this version"),
+    (f"{BEAUTY_LINE} --use_prompt_extend", "extends the prompt is not in this version"),
+    (f"{GPUS_LINE} {BEAUTY_LINE} --use_prompt_extend", "one video on several GPUs is not in this version"),
+    (
+        "--task video_super_resolution --input_video_path /path/to/low_res.mp4 --size 1920*1080 "
+        "--save_file hd.mp4",
+        "/path/to/low_res.mp4 does not exist",
+    ),
+    (
+        "--task i2v-A14B --init_video /path/to/low_res.mp4 --size 1920*1080 --denoising_strength 0.5 "
+        "--sample_steps 50",
+        "There is no prompt; give one",
+    ),
+]
+REASONS = {
+    "--dit_fsdp": "one video on several GPUs is not in this version",
+    "--use_prompt_extend": "a language model that extends the prompt is not in this version",
+    "s2v-14B": "--task s2v-14B: Wan2.2-S2V-14B, video from speech, is not in this version",
+    "animate-14B": "--task animate-14B: Wan2.2-Animate-14B, video of an animated character, is not in this",
+}
+
+
+def all_lines() -> list[Any]:
+    """Every official line, with the reason for which it stops; none where it works."""
+    told = [
+        pytest.param(words_of(row), REASONS[row["later"][0]] if "later" in row else "", id=place(row))
+        for row in COMMANDS
+    ]
+    return told + [
+        pytest.param(shlex.split(line), why, id=f"copy-{i}") for i, (line, why) in enumerate(COPIES)
+    ]
+
+
+def test_the_lines_are_45() -> None:
+    assert len(all_lines()) == 45 and sum(not line.values[1] for line in all_lines()) == 11
+
+
+@pytest.mark.parametrize(("words", "reason"), all_lines())
+def test_an_official_line_works_or_says_why_not(
+    words: list[str], reason: str, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(generate, "make", lambda prompt, values: made.append(prompt))
+    ran = shell("generate", *words)
+    assert (ran.status == 0) == bool(made) == (not reason), ran.err
+    assert reason in " ".join(ran.err.replace("│", " ").split()) and "Traceback" not in ran.err
+
+
+@pytest.mark.parametrize("task", [name for name, row in TASKS.items() if not row.lacks])
+def test_a_line_without_a_prompt_makes_the_official_example(
+    task: str, shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(generate, "make", lambda prompt, values: made.append((prompt, values)))
+    monkeypatch.chdir(tmp_path)
+    files = [path for _, paths in TASKS[task].example_files for path in paths.split(",")]
+    line = ("generate", "--task", task, "--ckpt_dir", "folder")
+    if files:
+        ran = shell(*line)
+        assert ran.status == 1 and f"{files[0]}" in ran.err and "is not in this folder" in ran.err
+    (tmp_path / "examples").mkdir()
+    for path in files:
+        (tmp_path / path).touch()
+    ran = shell(*line)
+    [(prompt, values)] = made
+    assert ran.status == 0 and "--prompt is not given: the official example of" in ran.err
+    prompts = {row["official"]["prompt"] for row in COMMANDS if row.get("official", {}).get("task") == task}
+    assert prompt in prompts | {f"{one}." for one in prompts} or task == "flf2v-14B", "as in the READMEs"
+    given = [values[name] for name in ("input_image", "end_image", "vace_reference_image") if values[name]]
+    assert [str(path) for one in given for path in (one if isinstance(one, list) else [one])] == files
+
+
+def test_an_input_of_ones_own_takes_the_example_prompt_and_no_example_picture(shell: Shell) -> None:
+    values = {
+        **dict.fromkeys(flag.name for flag in (*FLAGS, *TASK_FLAGS)),
+        "task": "i2v-14B",
+        "image": Path("a"),
+    }
+    prompt, filled = with_example(None, values)
+    assert prompt == TASKS["i2v-14B"].example and filled["image"] == Path("a")
+    assert with_example(None, {**values, "input_video": Path("a.mp4")})[0] is None, "not of this video"
+    assert with_example("", values)[0] == "", "an empty prompt is one"
+
+
+@pytest.mark.parametrize(
+    ("line", "task"),
+    [("", "t2v-14B"), ("--convert_model_dtype", "t2v-A14B"), ("--sample_steps 4 --size 832*480", "t2v-14B")],
+)
+def test_a_line_without_a_task_is_of_the_official_one(
+    line: str, task: str, shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(generate, "make", lambda prompt, values: made.append(values))
+    ran = shell("generate", "a cat", "--ckpt_dir", tmp_path, *line.split())
+    assert ran.status == 0 and f"--task is not given: {task}" in ran.err
+    assert made[0]["sigma_shift"] == TASKS[task].shift and made[0]["model"] == [str(tmp_path)]
+    (tmp_path / "high_noise_model").mkdir()
+    shell("generate", "a cat", "--ckpt_dir", tmp_path, *line.split())
+    assert made[1]["sigma_shift"] == 12.0, "two experts are of Wan2.2"
+
+
 LINE = ["a cat", "--ckpt_dir", "folder"]
 
 
@@ -183,8 +308,8 @@ def test_truth_values_are_spelled_as_officially() -> None:
         ("--task t2v-14B --convert_model_dtype --dtype fp32", ArgumentError, "keeps the weights in bfloat16"),
         ("--task t2v-14B --ring_size 2", ArgumentError, "--ring_size 2: one video on several GPUs"),
         ("--task t2v-14B --prompt_extend_target_lang ch", ArgumentError, "extends the prompt"),
-        ("--sample_steps 4", UnusedInputError, "give --task as well, or --num-inference-steps"),
-        ("--ulysses_size 8", UnusedInputError, "give --task as well"),
+        ("--sample_steps 4", UnusedInputError, "give --task or --ckpt_dir as well, or --num-inference-steps"),
+        ("--ulysses_size 8", UnusedInputError, "give --task or --ckpt_dir as well"),
         ("--size 64*64 --width 64", ArgumentError, "--size replaces --width"),
     ],
 )  # fmt: skip
