@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import warnings
@@ -12,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from diffsynth.errors import ArgumentError, DiffSynthError
@@ -54,6 +56,44 @@ class Ranks:
             devices=config.run.devices or found, nodes=config.run.nodes, rank=int(env.get("LOCAL_RANK", 0)),
             is_external=False,
         )  # fmt: skip
+
+
+class Group:
+    """The one default group of a run that torchrun started, for encoding and for training alike.
+
+    A second one on the same store would find the addresses that the first has left there. With one process,
+    or where Lightning starts the others, there is nothing to do.
+
+    Args:
+        ranks: the processes.
+        device: where they compute.
+        run: how long they wait for each other in training.
+        encodes: whether they first encode, for which they may wait much longer.
+    """
+
+    def __init__(self, ranks: Ranks, device: torch.device, run: RunConfig, *, encodes: bool) -> None:
+        self._waiting: dist.ProcessGroup | None = None
+        if not (ranks.is_external and ranks.world > 1):
+            return
+        if not dist.is_initialized():
+            if device.type == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=run.timeout_s))
+            if backend == "nccl":
+                atexit.register(_end_group)
+        if encodes:  # made while all are here: nobody waits for its connections
+            self._waiting = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+    def wait_for_all(self) -> None:
+        """Go on when every process has come here."""
+        if self._waiting is not None:
+            dist.barrier(group=self._waiting)
+
+
+def _end_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def strategy_of(config: TrainConfig, world: int, num_experts: int) -> str | Strategy:

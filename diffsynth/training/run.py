@@ -6,13 +6,11 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger
 from torch.utils.data import DataLoader, Dataset
@@ -57,6 +55,7 @@ from diffsynth.training.module import Drawn, WanTrainingModule
 from diffsynth.training.objective import FlowMatchObjective
 from diffsynth.training.optimizers import evaluated
 from diffsynth.training.processes import (
+    Group,
     Ranks,
     is_of_a_lost_rank,
     lost_rank,
@@ -124,11 +123,14 @@ def train(config: TrainConfig) -> RunReport:
     output = Path(config.run.output)
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
+    trains, encodes = config.run.task != "data_process", config.run.task != "train"
+    group = Group(ranks, device, config.run, encodes=encodes) if trains else None
     # Processes that Lightning starts come here too; the first has filled the cache before it started them.
-    if config.run.task != "train" and (ranks.is_external or ranks.rank == 0):
+    if encodes and (ranks.is_external or ranks.rank == 0):
         _fill_cache(config, device, ranks)
-    if config.run.task == "data_process":
+    if group is None:
         return RunReport(step=0, losses=(), checkpoint=None, export=None, folder=None)
+    group.wait_for_all()  # nobody trains before all have written
     return Run(config, device, ranks).fit()
 
 
@@ -141,10 +143,6 @@ def _fill_cache(config: TrainConfig, device: torch.device, ranks: Ranks) -> None
     if device.type == "cuda" and ranks.is_external:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     process(plan, encoding_pipeline(config, facts, device), config.cache, rank=rank, world=world)
-    if world > 1:  # nobody trains before all have written
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 class Run:

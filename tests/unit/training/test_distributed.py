@@ -56,6 +56,18 @@ def test_ddp_equals_one_process(settings: dict[str, Any], tmp_path: Path) -> Non
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("start", range(3))
+def test_two_ranks_encode_and_train_in_one_go(tmp_path: Path, start: int) -> None:
+    """By one group: a second one on torchrun's store met the first one's addresses, in every other start."""
+    settings = toy_settings(tmp_path)
+    for path in (tmp_path / "data").glob("*.tensors.safetensors"):
+        path.unlink()
+    run = {"task": "both", "steps": 2, "batch_size": 1}
+    report, _ = on_two_ranks(config_of(settings, tmp_path / "out", run=run), tmp_path / "ranks")
+    assert len(report.losses) == 2
+
+
+@pytest.mark.distributed
 def test_ddp_with_accumulation_equals_one_process(settings: dict[str, Any], tmp_path: Path) -> None:
     settings = {**settings, "data": [{**settings["data"][0], "repeats": 2.0}]}
     alone = config_of(settings, tmp_path / "one", run={"steps": 3, "batch_size": 4})

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
 from diffsynth.models.toy import toy_files
@@ -111,13 +111,13 @@ def error_when_a_rank_dies(config: TrainConfig, folder: Path) -> str:
 
 
 def _run_ranks(config: TrainConfig, folder: Path, dies: bool) -> list[int | None]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )  # torchrun has it
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("fork")  # the imports are there already
     ranks = [
-        context.Process(target=_rank, args=(rank, port, config, folder, dies and rank == 1))
+        context.Process(target=_rank, args=(rank, store.port, config, folder, dies and rank == 1))
         for rank in range(2)
     ]
     for process in ranks:
@@ -138,6 +138,7 @@ def _rank(rank: int, port: int, config: TrainConfig, folder: Path, dies: bool) -
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
+        TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",
     )  # fmt: skip
     if dies:
         training_module.learning_rate_factor = lambda step, *_: os._exit(3) if step else 1.0
