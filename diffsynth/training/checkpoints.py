@@ -44,6 +44,7 @@ class State:
     optimizers: list[dict[str, Any]]  # of each expert, with the names of its parameters
     averages: list[dict[str, Tensor]]  # of each expert, or none
     facts: Mapping[str, str]  # which model, which data, the seed: what must be the same to go on
+    course: Mapping[str, float] = field(default_factory=dict)  # of the learning rate, see `optimizers.Course`
     metadata: Mapping[str, str] = field(default_factory=dict)  # rank, alpha, trigger, ...: as in the export
 
 
@@ -107,7 +108,12 @@ def write_state(path: Path, state: State) -> None:
         "state_dict": dict(state.tensors),
         "optimizer_states": state.optimizers,
         "lr_schedulers": [],  # the learning rate is a function of the step
-        "diffsynth": {"format": FORMAT, "averages": state.averages, "facts": dict(state.facts)},
+        "diffsynth": {
+            "format": FORMAT,
+            "averages": state.averages,
+            "facts": dict(state.facts),
+            "course": dict(state.course),
+        },
         "metadata": dict(state.metadata),
     }
     with disk_errors(path):
@@ -147,6 +153,7 @@ def read_state(path: Path) -> State:
     return State(
         step=content["global_step"], epoch=content["epoch"], tensors=content["state_dict"],
         optimizers=content["optimizer_states"], averages=own["averages"], facts=own["facts"],
+        course=own.get("course", {}),
         metadata=content["metadata"],
     )  # fmt: skip
 

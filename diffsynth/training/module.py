@@ -27,7 +27,7 @@ from diffsynth.training.config import TrainConfig
 from diffsynth.training.ema import Ema
 from diffsynth.training.learners import Learner
 from diffsynth.training.objective import FlowMatchObjective
-from diffsynth.training.optimizers import learning_rate_factor, named_state, set_learning_rate
+from diffsynth.training.optimizers import Course, learning_rate_factor, named_state, set_learning_rate
 from diffsynth.training.placing import Placing
 from diffsynth.training.samples import Batch
 from diffsynth.training.sharding import full, like
@@ -75,6 +75,7 @@ class WanTrainingModule(LightningModule):
         start: steps done before, by the run that this one goes on with.
         optimizer_states: of that run.
         averages: of that run.
+        course: of the learning rate; None: from the first step to the last.
     """
 
     def __init__(
@@ -87,11 +88,13 @@ class WanTrainingModule(LightningModule):
         start: int = 0,
         optimizer_states: Sequence[dict[str, Any]] = (),
         averages: Sequence[dict[str, Tensor]] = (),
+        course: Course | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.learners, self.objective, self.batches, self.config = list(learners), objective, batches, config
         self.start, self.done = start, start
+        self.course = course or Course(stop=config.run.steps)
         self.report: StepReport | None = None  # of the step that the last pass finished
         self.wishes: Callable[[], int] = lambda: 0
         self.averages: list[Ema] = []
@@ -257,7 +260,7 @@ class WanTrainingModule(LightningModule):
         optimizers = cast("list[Any]", self.optimizers(use_pl_optimizer=True))
         optimizer = (optimizers if isinstance(optimizers, list) else [optimizers])[number]
         rate = learner.learning_rate * learning_rate_factor(
-            step, self.config.run.steps, self.config.optimizer
+            step, self.config.run.steps, self.config.optimizer, self.course
         )
         set_learning_rate(optimizer.optimizer, rate)
         norm = self._move(optimizer, learner, step)

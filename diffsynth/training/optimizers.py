@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from torch import nn
 
 from diffsynth.errors import ArgumentError, MissingPackageError, UnknownArgumentError
 from diffsynth.training.config import OptimizerConfig
+
+logger = logging.getLogger("diffsynth")
 
 SHORT_NAMES = {
     "adamw": "torch.optim.AdamW",
@@ -23,6 +27,7 @@ SHORT_NAMES = {
     "schedule_free": "schedulefree.AdamWScheduleFree",
 }
 
+RATE_SETTINGS = ("learning_rate", "schedule", "warmup_steps", "restarts", "final_share")
 SHARE = "share_of_learning_rate"  # of a group of parameters; not there: all of it
 
 
@@ -53,23 +58,68 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
     return optimizer
 
 
-def learning_rate_factor(step: int, num_steps: int, config: OptimizerConfig) -> float:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Course:
+    """Where the learning rate begins to follow its schedule: after the warm-up, or where a run was extended."""
+
+    start: int = 0  # step; the warm-up comes before it
+    share: float = 1.0  # of the learning rate, from which it goes on
+    stop: int  # run.steps, as they were then
+
+
+def learning_rate_factor(
+    step: int, num_steps: int, config: OptimizerConfig, course: Course | None = None
+) -> float:
     """Share of the learning rate at a step (0 is the first): warm-up, then the schedule to its end."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    total = max(1, num_steps - config.warmup_steps)
-    done = min(1.0, (step - config.warmup_steps) / total)
-    floor = config.final_share
+    start, top = (config.warmup_steps, 1.0)
+    if course is not None and course.start > config.warmup_steps:
+        start, top = course.start, course.share
+    done = min(1.0, (step - start) / max(1, num_steps - start))
+    floor = min(config.final_share, top)
     if config.schedule == "linear":
-        return 1 - (1 - floor) * done
+        return top - (top - floor) * done
     if config.schedule == "cosine":
-        return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
+        return floor + (top - floor) * (1 + math.cos(math.pi * done)) / 2
     if config.schedule == "cosine_restarts":
         turn = (done * config.restarts) % 1.0 if done < 1.0 else 1.0
-        return floor + (1 - floor) * (1 + math.cos(math.pi * turn)) / 2
+        return floor + (top - floor) * (1 + math.cos(math.pi * turn)) / 2
     if config.schedule == "decay":  # constant, then linear over the last fifth
-        return 1.0 if done < 0.8 else 1 - (1 - floor) * (done - 0.8) / 0.2
+        return top if done < 0.8 else top - (top - floor) * (done - 0.8) / 0.2
     return 1.0
+
+
+def resumed_course(
+    before: Course, step: int, now: OptimizerConfig, then: OptimizerConfig, steps: int
+) -> Course:
+    """The course of a run that goes on: where its end alone has moved, from the rate that it had, without a jump.
+
+    Args:
+        before: of the run that it goes on with.
+        step: done.
+        now: the settings; only those of the learning rate are looked at.
+        then: those of the run that it goes on with.
+        steps: ``run.steps`` now.
+    """
+    was = learning_rate_factor(step - 1, before.stop, then, before)
+    if now != then:  # as the user says
+        course = Course(stop=steps)
+    elif before.stop == steps or step <= now.warmup_steps or now.schedule == "constant":
+        return replace(before, stop=steps)
+    else:
+        course = Course(start=step, share=was, stop=steps)
+    rates = (
+        then.learning_rate * was,
+        *(now.learning_rate * learning_rate_factor(at, steps, now, course) for at in (step, steps)),
+    )
+    logger.warning(
+        "%s: the learning rate was %.3g at step %d, is %.3g at step %d and %.3g at the end (%s). Where its end "
+        "alone moves, it goes on from where it was; for another one change optimizer.schedule or learning_rate.",
+        "The schedule is another" if now != then else f"run.steps was {before.stop} and is {steps} now",
+        rates[0], step, rates[1], step + 1, rates[2], now.schedule,
+    )  # fmt: skip
+    return course
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

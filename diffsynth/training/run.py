@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ from diffsynth.training.checkpoints import (
     version_folder,
     write_state,
 )
-from diffsynth.training.config import TrainConfig
+from diffsynth.training.config import OptimizerConfig, TrainConfig
 from diffsynth.training.config_files import save_config
 from diffsynth.training.dataset.planning import log_plan
 from diffsynth.training.forecast import too_large
@@ -53,7 +54,7 @@ from diffsynth.training.loading import (
 from diffsynth.training.logs import CsvLog, EventLog, other_logger
 from diffsynth.training.module import Drawn, WanTrainingModule
 from diffsynth.training.objective import FlowMatchObjective
-from diffsynth.training.optimizers import evaluated
+from diffsynth.training.optimizers import RATE_SETTINGS, Course, evaluated, resumed_course
 from diffsynth.training.processes import (
     Group,
     Ranks,
@@ -196,6 +197,7 @@ class Run:
             self._loaded.learners, objective, batches, config, start=0 if state is None else state.step,
             optimizer_states=[] if state is None else state.optimizers,
             averages=[] if state is None else state.averages,
+            course=None if state is None else course_of(config, state),
         )  # fmt: skip
 
     def fit(self) -> RunReport:
@@ -292,7 +294,7 @@ class Run:
         told = file_metadata(self.config, self._loaded, self._facts, module.done, module.learners[0])
         return State(
             step=module.done, epoch=module.batches.epoch_of(max(0, module.done - 1)), tensors=tensors,
-            optimizers=[], averages=[], facts=self._facts,
+            optimizers=[], averages=[], facts=self._facts, course=asdict(module.course),
             metadata=checkpoint_metadata(self.config, told, list(tensors)),
         )  # fmt: skip
 
@@ -368,6 +370,16 @@ class Run:
             step=self.module.done, losses=losses, checkpoint=path, export=export, folder=self.folder,
             stopped_by=stopped_by, exit_code=EXIT_OF_CTRL_C if tells else 0,
         )  # fmt: skip
+
+
+def course_of(config: TrainConfig, state: State) -> Course | None:
+    """Where the learning rate of a run that goes on follows its schedule; None: over the whole run."""
+    if not state.course:
+        return None
+    now = OptimizerConfig(**{name: getattr(config.optimizer, name) for name in RATE_SETTINGS})
+    told = {**json.loads(state.facts["learning rate"]), **json.loads(state.facts["optimizer settings"])}
+    then = OptimizerConfig(**{name: told[name] for name in RATE_SETTINGS})
+    return resumed_course(Course(**state.course), state.step, now, then, config.run.steps)  # type: ignore[arg-type]
 
 
 def restore(loaded: Loaded, state: State) -> None:

@@ -24,7 +24,7 @@ from diffsynth.training.batches import Batches
 from diffsynth.training.cached_dataset import open_cache
 from diffsynth.training.callbacks import Saver
 from diffsynth.training.objective import FlowMatchObjective
-from diffsynth.training.run import train
+from diffsynth.training.run import RunReport, train
 from tests.unit.training.toy_runs import (
     ADAMW,
     config_of,
@@ -321,6 +321,36 @@ def test_two_experts_learn_in_turn_each_in_its_range(settings: dict[str, Any], t
         settings, tmp_path, model={"dit_low": [low]}, run={"steps": 7, "batch_size": 1, "resume": "latest"}
     )
     assert train(again).step == 7
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "decay"])
+def test_a_run_that_is_extended_goes_on_from_its_learning_rate_without_a_jump(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, schedule: str
+) -> None:
+    optimizer = {"name": "sgd", "learning_rate": 0.1, "schedule": schedule, "final_share": 0.01}
+    common: dict[str, Any] = {"batch_size": 1, "save_every": 2, "keep_last": 0}
+
+    def run(folder: str, steps: int, **more: Any) -> RunReport:
+        run = {**common, "steps": steps, "resume": "latest", **more.pop("run", {})}
+        return train(config_of(settings, tmp_path / folder, optimizer={**optimizer, **more}, run=run))
+
+    run("a", 6)
+    assert "learning rate" not in caplog.text
+    extended = run("a", 12)
+    assert "run.steps was 6 and is 12 now: the learning rate was" in caplog.text
+    rates = [float(row["learning_rate"]) for row in rows(extended)]
+    assert len(rates) == 12 and rates == sorted(rates, reverse=True) and rates[6] == rates[5]
+    # A kill behind step 8 and another start change nothing of it.
+    assert extended.checkpoint is not None
+    for path in extended.checkpoint.parent.glob("*.ckpt"):
+        if int(path.stem.partition("step=")[2]) > 8:
+            path.unlink()
+    assert [float(row["learning_rate"]) for row in rows(run("a", 12))] == rates
+    run("b", 6)
+    caplog.clear()
+    other = run("b", 8, schedule="constant")
+    assert "The schedule is another: the learning rate was" in caplog.text
+    assert [float(row["learning_rate"]) for row in rows(other)][6:] == [0.1, 0.1]
 
 
 def test_a_model_under_another_name_is_the_same_model(

@@ -111,9 +111,7 @@ def error_when_a_rank_dies(config: TrainConfig, folder: Path) -> str:
 
 
 def _run_ranks(config: TrainConfig, folder: Path, dies: bool) -> list[int | None]:
-    store = dist.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False
-    )  # torchrun has it
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun has it
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("fork")  # the imports are there already
     ranks = [
