@@ -60,7 +60,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Course:
-    """Where the learning rate begins to follow its schedule: after the warm-up, or where a run was extended."""
+    """Where the learning rate begins to follow its schedule: its warm-up, or where a run was extended."""
 
     start: int = 0  # step; the warm-up comes before it
     share: float = 1.0  # of the learning rate, from which it goes on
@@ -93,7 +93,7 @@ def learning_rate_factor(
 def resumed_course(
     before: Course, step: int, now: OptimizerConfig, then: OptimizerConfig, steps: int
 ) -> Course:
-    """The course of a run that goes on: where its end alone has moved, from the rate that it had, without a jump.
+    """The course of a run that goes on: where its end alone has moved, from the rate that it had.
 
     Args:
         before: of the run that it goes on with.
@@ -114,8 +114,8 @@ def resumed_course(
         *(now.learning_rate * learning_rate_factor(at, steps, now, course) for at in (step, steps)),
     )
     logger.warning(
-        "%s: the learning rate was %.3g at step %d, is %.3g at step %d and %.3g at the end (%s). Where its end "
-        "alone moves, it goes on from where it was; for another one change optimizer.schedule or learning_rate.",
+        "%s: the learning rate was %.3g at step %d, is %.3g at step %d and %.3g at the end (%s). Where the end "
+        "alone moves, it goes on from where it was; for another change optimizer.schedule or learning_rate.",
         "The schedule is another" if now != then else f"run.steps was {before.stop} and is {steps} now",
         rates[0], step, rates[1], step + 1, rates[2], now.schedule,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -83,7 +84,8 @@ class Group:
             if backend == "nccl":
                 atexit.register(_end_group)
         if encodes:  # made while all are here: nobody waits for its connections
-            self._waiting = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+            group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+            self._waiting = cast("dist.ProcessGroup", group)
 
     def wait_for_all(self) -> None:
         """Go on when every process has come here."""

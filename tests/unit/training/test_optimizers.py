@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from diffsynth.training.config import OptimizerConfig
-from diffsynth.training.optimizers import evaluated, make_optimizer, set_learning_rate
+from diffsynth.training.optimizers import (
+    Course,
+    evaluated,
+    learning_rate_factor,
+    make_optimizer,
+    resumed_course,
+    set_learning_rate,
+)
 
 
 class TwoRates(torch.optim.SGD):
@@ -27,6 +36,23 @@ def test_a_rate_of_its_own_follows_the_schedule_in_proportion_and_survives_a_res
     resumed.load_state_dict(optimizer.state_dict())
     set_learning_rate(resumed, 0.4)
     assert [group["lr"] for group in resumed.param_groups] == pytest.approx([0.4, 0.1])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "cosine_restarts", "decay"])
+@pytest.mark.parametrize(("done", "steps"), [(40, 60), (20, 60), (20, 30), (5, 400)])
+def test_a_run_with_another_end_goes_on_from_its_rate(schedule: Any, done: int, steps: int) -> None:
+    config = OptimizerConfig(learning_rate=1.0, schedule=schedule, warmup_steps=10, restarts=2)
+    before = Course(stop=40)
+    course = resumed_course(before, done, config, config, steps)
+    last = learning_rate_factor(done - 1, 40, config, before)
+    rest = [learning_rate_factor(step, steps, config, course) for step in range(done, steps)]
+    if done > config.warmup_steps:
+        assert rest[0] == pytest.approx(last) and max(rest) <= last + 1e-12
+    else:
+        assert max(rest) == 1.0 and rest[0] == pytest.approx(last + 0.1)
+    assert rest[-1] < 0.1
+    again = resumed_course(course, done, config, config, steps)
+    assert again == course
 
 
 def test_who_looks_at_a_schedule_free_optimizer_changes_nothing() -> None:
