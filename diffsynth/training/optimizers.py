@@ -114,10 +114,10 @@ def resumed_course(
         *(now.learning_rate * learning_rate_factor(at, steps, now, course) for at in (step, steps)),
     )
     logger.warning(
-        "%s: the learning rate was %.3g at step %d, is %.3g at step %d and %.3g at the end (%s). Where the end "
-        "alone moves, it goes on from where it was; for another change optimizer.schedule or learning_rate.",
+        "%s: the learning rate was %.3g at step %d, is %.3g at step %d and %.3g at the end (%s). Where the "
+        "end alone moves, it goes on from where it was; for another change optimizer.schedule or learning_rate.",
         "The schedule is another" if now != then else f"run.steps was {before.stop} and is {steps} now",
-        rates[0], step, rates[1], step + 1, rates[2], now.schedule,
+        rates[0], step, rates[1], step + 1, round(rates[2], 14), now.schedule,
     )  # fmt: skip
     return course
 
