@@ -115,7 +115,7 @@ def resumed_course(
     )
     logger.warning(
         "%s: the learning rate was %.3g at step %d, is %.3g at step %d and %.3g at the end (%s). Where the "
-        "end alone moves, it goes on from where it was; for another change optimizer.schedule or learning_rate.",
+        "end alone moves, it goes on from there; for another change optimizer.schedule or learning_rate.",
         "The schedule is another" if now != then else f"run.steps was {before.stop} and is {steps} now",
         rates[0], step, rates[1], step + 1, round(rates[2], 14), now.schedule,
     )  # fmt: skip
