@@ -17,13 +17,13 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # lowest first; a file may import from its own floor and those below it
 FLOORS = (
-    "announce errors portable video ops tiny",
+    "announce errors portable lazy video data ops tiny",
     "checkpoints sampling vram_management conditioning",
     "lora",
     "models",
     "denoising distributed",
     "pipelines",
-    "training cli webui server",
+    "training cli webui server utils core",
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names.split()}
 
@@ -39,6 +39,13 @@ LIGHT = (
     *(f"vram_management/{name}.py" for name in ("layers", "rates")),
     "cli",
     "video",
+    "data",
+    "lazy.py",
+    "utils",
+    "core",
+    "models/__init__.py",
+    "pipelines/__init__.py",
+    "pipelines/model_config.py",
 )
 # what Windows lacks, or takes for something else; `portable` alone knows
 POSIX_MODULES = {"resource", "fcntl", "pwd", "grp", "termios", "tty", "pty", "syslog", "posix", "readline"}

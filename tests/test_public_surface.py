@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from diffsynth.models.model_manager import ModelManager
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 NAMES = [
-    "ModelManager", "VideoData", "VideoWriter", "WanVideoPipeline", "download_customized_models",
-    "download_models", "read_metadata", "save_frames", "save_image", "save_video",
+    "ModelConfig", "ModelManager", "VideoData", "VideoWriter", "WanVideoPipeline",
+    "download_customized_models", "download_models", "load_state_dict", "read_metadata", "save_frames",
+    "save_image", "save_video",
 ]  # fmt: skip
 
 # arguments of pipe() and their defaults; None is the model's own
@@ -136,7 +138,11 @@ def test_signatures_of_loading() -> None:
         "torch_dtype": None, "device": None, "use_usp": False, "dit": None, "tokenizer_path": None,
         "precision": "official",
     }  # fmt: skip
-    pretrained = {"device", "dit", "download", "precision", "tokenizer_path", "torch_dtype"}
+    pretrained = {
+        "path", "device", "dit", "download", "precision", "tokenizer_path", "torch_dtype", "vram_limit",
+        # of DiffSynth-Studio 1.1.8 and 2.x
+        "model_configs", "tokenizer_config", "audio_processor_config", "redirect_common_files", "use_usp",
+    }  # fmt: skip
     assert set(defaults(WanVideoPipeline.from_pretrained)) == pretrained
     saving = defaults(diffsynth.save_video)
     assert set(saving) == {"fps", "quality", "ffmpeg_params", "crf", "codec", "pix_fmt", "metadata"}
@@ -157,7 +163,43 @@ def test_commands_and_flags() -> None:
     assert spelled == FLAGS
 
 
-@pytest.mark.parametrize("module", ["diffsynth", "diffsynth.cli.app", "diffsynth.tiny", "diffsynth.video"])
+# names of DiffSynth-Studio's modules, and what scripts import from them
+FOREIGN = {
+    "diffsynth.core": ["ModelConfig", "load_state_dict"],
+    "diffsynth.data": [],
+    "diffsynth.data.video": [
+        "LowMemoryImageFolder", "LowMemoryVideo", "VideoData", "crop_and_resize", "save_frames", "save_video",
+    ],
+    "diffsynth.models": ["ModelManager", "load_state_dict"],
+    "diffsynth.models.utils": ["load_state_dict"],
+    "diffsynth.pipelines": ["WanVideoPipeline"],
+    "diffsynth.pipelines.wan_video": ["ModelConfig", "WanVideoPipeline"],
+    "diffsynth.pipelines.wan_video_new": ["ModelConfig", "WanVideoPipeline"],
+    "diffsynth.utils": ["ModelConfig"],
+    "diffsynth.utils.data": [
+        "LowMemoryImageFolder", "LowMemoryVideo", "VideoData", "crop_and_resize", "save_frames", "save_video",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", FOREIGN)
+def test_foreign_modules_give_these_names(module: str) -> None:
+    found = import_module(module)
+    assert sorted(getattr(found, "__all__", [])) == FOREIGN[module]
+    assert all(getattr(found, name) is not None for name in FOREIGN[module])
+
+
+LIGHT = ["diffsynth", "diffsynth.cli.app", "diffsynth.tiny", "diffsynth.video"]
+LIGHT += [
+    "diffsynth.data.video",
+    "diffsynth.utils.data",
+    "diffsynth.core",
+    "diffsynth.models",
+    "diffsynth.pipelines",
+]
+
+
+@pytest.mark.parametrize("module", LIGHT)
 def test_importing_costs_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from diffsynth.checkpoints.entry import Entry, apply_step, join_scales, stored_entry, widened
+from diffsynth.checkpoints.entry import Entry, apply_step, join_scales, memory_entry, stored_entry, widened
 from diffsynth.checkpoints.files import FileGroup, PathLike, group_files
 from diffsynth.checkpoints.layout import KeyLayout
 from diffsynth.checkpoints.mapped import MappedFile
@@ -84,6 +84,25 @@ class Checkpoint:
                 home[name], entries[name] = path, stored_entry(file, stored)
             metadata = {**header.metadata, **metadata}
         return cls(group.paths, join_scales(entries, metadata), metadata, group.from_folder)
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], title: str) -> Checkpoint:
+        """Hold tensors that are in memory already; ``title`` stands in messages where a file would.
+
+        Raises:
+            CheckpointError: when a name is no text or a value no tensor.
+        """
+        import torch
+
+        entries = {}
+        for name, value in tensors.items():
+            if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+                raise CheckpointError(
+                    f"{title} holds {name!r}: {type(value).__name__}; it should hold tensors by their names. "
+                    "If a trainer wrapped them, give what is inside, such as state['state_dict']."
+                )
+            entries[name] = memory_entry(value)
+        return cls((Path(title),), join_scales(entries, {}), {})
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

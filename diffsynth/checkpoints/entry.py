@@ -15,7 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from diffsynth.checkpoints.layout import Step
-from diffsynth.checkpoints.mapped import MappedFile, StoredTensor
+from diffsynth.checkpoints.mapped import SPELLING, MappedFile, StoredTensor
 from diffsynth.errors import CorruptCheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -51,6 +51,13 @@ class Entry:
 def stored_entry(file: MappedFile, stored: StoredTensor) -> Entry:
     """Return the entry of a tensor as it lies in its file."""
     return Entry(stored.shape, stored.dtype, stored.num_bytes, lambda: (file.view(stored), None))
+
+
+def memory_entry(tensor: Tensor) -> Entry:
+    """Return the entry of a tensor that is in memory; it is read on the CPU, as a file's is."""
+    dtype = SPELLING.get(str(tensor.dtype).removeprefix("torch."), str(tensor.dtype))
+    size = tensor.numel() * tensor.element_size()
+    return Entry(tuple(tensor.shape), dtype, size, lambda: (tensor.detach().cpu(), None))
 
 
 def join_scales(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> dict[str, Entry]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import glob
 import json
 import logging
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffsynth.checkpoints.hints import SHARD, role_of
 from diffsynth.checkpoints.open_file import not_found
 from diffsynth.errors import CheckpointNotFoundError, CorruptCheckpointError, MissingShardError
 
@@ -17,7 +17,6 @@ logger = logging.getLogger("diffsynth")
 
 PathLike = str | Path
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
-SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<rest>\..+)")
 # Folders of published repositories that hold networks of the same model. Others (assets, tools, LoRAs) are
 # not entered.
 PART_FOLDERS = (
@@ -68,8 +67,12 @@ def _inner_list(shards: Sequence[PathLike]) -> tuple[Path, ...]:
     files = [file for shard in shards for group in _expand(as_path(shard)) for file in group.paths]
     if not files:
         raise CheckpointNotFoundError("A list of shards is empty; give the files of one model in it.")
-    for stem in {_stem(file) for file in files} - {None}:
-        _check_complete([file for file in files if _stem(file) == stem])
+    by_folder: dict[object, list[Path]] = {}
+    for file in dict.fromkeys(files):
+        if (stem := _stem(file)) is not None:
+            by_folder.setdefault(stem, []).append(file)
+    for shards_found in _across_folders(by_folder).values():
+        _check_complete(shards_found)
     return tuple(dict.fromkeys(files))
 
 
@@ -185,12 +188,44 @@ def _join_shards(groups: Iterable[FileGroup]) -> list[FileGroup]:
         known.extend(file for file in group.paths if file not in known)
         from_folder[key] = from_folder.get(key, True) and group.from_folder
     joined = []
-    for key, paths in files.items():
+    for key, paths in _across_folders(files).items():
         if _stem(paths[0]) == key:
             _check_complete(paths)
-            paths.sort()
+            paths.sort(key=lambda path: path.name)
         joined.append(FileGroup(tuple(paths), from_folder[key]))
     return joined
+
+
+def _across_folders(groups: Mapping[object, list[Path]]) -> dict[object, list[Path]]:
+    """Put shards together that lie in several folders and complete each other.
+
+    A folder that holds all of them was given in part, and folders of two experts hold two models: those are
+    left apart.
+
+    Args:
+        groups: files by what `_stem` tells of them; those under another key are left as they are.
+    """
+    alike: dict[tuple[str, str], list[object]] = {}
+    for key, paths in groups.items():
+        if (stem := _stem(paths[0])) is not None and stem == key:
+            alike.setdefault((stem[1], stem[2]), []).append(key)
+    joined = dict(groups)
+    for (_, count), keys in alike.items():
+        files = [file for key in keys for file in groups[key]]
+        if len(keys) == 1 or len({_number(file) for file in files}) != len(files) or len(files) != int(count):
+            continue
+        is_in_one = any(len(_siblings(groups[key][0])) == int(count) for key in keys)
+        if not is_in_one and len({role_of((file,), {}) for file in files}) == 1:
+            for key in keys:
+                del joined[key]
+            joined[keys[0]] = files
+    return {key: joined[key] for key in groups if key in joined}
+
+
+def _number(file: Path) -> str:
+    shard = SHARD.fullmatch(file.name)
+    assert shard is not None
+    return shard["number"]
 
 
 def _siblings(path: Path) -> list[Path]:

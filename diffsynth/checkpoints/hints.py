@@ -18,11 +18,11 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
-from diffsynth.checkpoints.files import SHARD
 from diffsynth.errors import ConfigurationError
 
 MAX_JSON_BYTES = 4 << 20
 TRANSFORMER_FOLDERS = ("transformer", "transformer_2")  # of diffusers' repositories
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<rest>\..+)")
 Shapes = Mapping[str, tuple[int, ...]]
 Role = Literal["high", "low"]
 

@@ -120,6 +120,7 @@ def fingerprint(encoder: object, read: Callable[[str], Tensor] | None = None) ->
     import torch
     from torch import nn
 
+    encoder = getattr(encoder, "_orig_mod", encoder)  # inside of what torch.compile returns
     told = sha256(type(encoder).__qualname__.encode() + getattr(encoder, "identity_beside_weights", b""))
     if isinstance(encoder, nn.Module):
         for name, own in (*encoder.named_parameters(), *encoder.named_buffers()):

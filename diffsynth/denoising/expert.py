@@ -20,6 +20,7 @@ class Expert:
     dit: WanDiT
     adapters: tuple[DiTAdapter, ...] = ()
     networks: tuple[str, ...] = ("dit",)  # the names under which these come to the device
+    call: Callable[..., list[Tensor]] | None = None  # in place of the DiT's: what torch.compile made of it
 
 
 class Experts:
@@ -83,7 +84,8 @@ class Experts:
             is_last = walk == len(together) and self._next is not None and self._next is not expert
             if is_last and self._next is not None and self._send_ahead is not None:
                 self._send_ahead(*self._next.networks)
-            velocities += expert.dit(latents, timestep, some, self.step_cache)
+            call = expert.dit if expert.call is None else expert.call
+            velocities += call(latents, timestep, some, self.step_cache)
         return velocities
 
     def forget(self) -> None:

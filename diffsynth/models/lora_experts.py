@@ -12,6 +12,8 @@ from diffsynth.checkpoints.hints import Role, role_mark, role_of
 from diffsynth.errors import ArgumentError, LoRAError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from diffsynth.models.model_manager import LoadedModel
 
 logger = logging.getLogger("diffsynth")
@@ -72,6 +74,7 @@ class Aim:
 
     network: str | None
     role: Role | None
+    module: nn.Module | None = None  # this one network
 
 
 def role_of_arguments(network: str | None, expert: Expert | None) -> Role | None:

@@ -7,15 +7,17 @@ to limits on memory lets its networks rest as plain ones meanwhile.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from weakref import WeakMethod
 
 import torch
+from torch import Tensor, nn
 
 from diffsynth.announce import announce
 from diffsynth.checkpoints.checkpoint import Checkpoint
@@ -135,6 +137,10 @@ class LoRAs:
             for held in self._held.values()
         ]
 
+    def holds(self, network: nn.Module) -> bool:
+        """Whether a network is one of these that LoRAs go to."""
+        return any(entry.model is network for entry in self._loaded)
+
     def guard(self, around: Guard) -> None:
         """Enter this around every change; a bound method, which is not kept alive."""
         self._guards.append(WeakMethod(around))
@@ -149,16 +155,22 @@ class LoRAs:
 
     def load(
         self,
-        file_path: PathLike | Sequence[PathLike],
+        file_path: PathLike | Sequence[PathLike] = "",
         lora_alpha: float | PerExpert = 1.0,
         name: str | None = None,
         mode: Mode = "fuse",
         network: str | None = None,
         expert: Expert | None = None,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        only: nn.Module | None = None,
     ) -> list[LoRAReport]:
-        """See `ModelManager.load_lora`."""
+        """See `ModelManager.load_lora`; ``only``: no network but this one."""
+        in_memory = _in_memory(file_path, state_dict)
         given = [file_path] if isinstance(file_path, (str, Path)) else list(file_path)
         paths = [file for path in given for file in files_of(Path(path), expert)]
+        if in_memory is not None:
+            paths = list(in_memory.paths)
         if is_pair := len(paths) == 2 and len({common_name(path.stem) for path in paths}) == 1:
             is_pair = {role_of((path,), {}) for path in paths} == {"high", "low"}
         if mode not in ("fuse", "attach"):
@@ -167,21 +179,15 @@ class LoRAs:
             raise ArgumentError(
                 f"{len(paths)} LoRA files and name={name!r}: give a name to one file at a time."
             )
-        aim = Aim(network, role_of_arguments(network, expert))
-        planned = []
+        aim = Aim(network, role_of_arguments(network, expert), only)
+        planned: list[_Held] = []
         for path in paths:
-            held = self._planned(path, mode, aim)
-            suffix = f"_{held.role}_noise" if is_pair and name is not None else ""
-            held.dial.name = f"{name}{suffix}" if name is not None else path.stem
+            held = self._planned(in_memory or Checkpoint.open(path), mode, aim)
+            own = f"{name}_{held.role}_noise" if is_pair and name is not None else name
+            held.dial.name = _free_name(own, path, {*self._held, *(one.dial.name for one in planned)})
             held.dial.weight = strength_for(lora_alpha, held.role, path)
             held.pair = name or common_name(path.stem)
             planned.append(held)
-        names = [held.dial.name for held in planned]
-        for twice in {n for n in names if n in self._held or names.count(n) > 1}:
-            raise ArgumentError(
-                f"A LoRA named {twice!r} is loaded already; give this one another name=, or call "
-                f"unload_lora({twice!r}) first."
-            )
         with self._guarded():
             for held in planned:
                 self._put(held)
@@ -265,11 +271,11 @@ class LoRAs:
                 continue
             own = ""
             if num_high_steps is not None and held.role is not None:
-                count = num_high_steps if held.role == "high" else num_steps - num_high_steps
-                if len(schedule) == count:
-                    held.first_step = num_steps - count if held.role == "low" else 0
+                own_steps = num_high_steps if held.role == "high" else num_steps - num_high_steps
+                if len(schedule) == own_steps:
+                    held.first_step = num_steps - own_steps if held.role == "low" else 0
                     continue
-                own = f", or one for each of the {count} steps of the {held.role}-noise expert"
+                own = f", or one for each of the {own_steps} steps of the {held.role}-noise expert"
             raise ArgumentError(
                 f"set_lora({held.dial.name!r}, ...) gave {len(schedule)} strengths and this call has "
                 f"{num_steps} steps; give one per step{own}."
@@ -283,9 +289,8 @@ class LoRAs:
         before, self._values = self._values, [held.dial.value for held in self._held.values()]
         return before != self._values
 
-    def _planned(self, path: Path, mode: Mode, aim: Aim) -> _Held:
+    def _planned(self, checkpoint: Checkpoint, mode: Mode, aim: Aim) -> _Held:
         """Everything about a file that can fail, before anything is changed."""
-        checkpoint = Checkpoint.open(path)
         _require_lora(checkpoint)
         entries = [entry for entry in self._loaded if _takes_loras(entry)]
         if not entries:
@@ -294,10 +299,14 @@ class LoRAs:
                 "first, with load_models."
             )
         layers = {n.rpartition(".")[0] for entry in entries for n in entry.match.checkpoint.shapes}
-        held = _Held(dial=Dial(path.stem), mode=mode)
+        stem = checkpoint.paths[0].stem
+        held = _Held(dial=Dial(stem), mode=mode)
         roles = {id(entry): self._roles.get(id(entry)) or role_by_path(entry, entries) for entry in entries}
+        if aim.module is not None:
+            entries = _of_module(entries, aim.module)
         for found in read_loras(checkpoint, layers):
-            lora = found if aim.role is None else with_role(found, aim.role)
+            role = roles[id(entries[0])] if aim.module is not None else aim.role
+            lora = found if role is None else with_role(found, role)
             chosen = _chosen(lora, entries, roles, aim.network)
             changes, missing = fit(lora, [_network(entry) for entry in chosen])
             _check_finite(lora, [change for some in changes for change in some.values()])
@@ -305,7 +314,7 @@ class LoRAs:
             held.changes += own
             lost = {key for keys in missing.values() for key in keys}
             report = LoRAReport(
-                name=path.stem, source=lora.source, lora=lora, mode=mode, weight=1.0,
+                name=stem, source=lora.source, lora=lora, mode=mode, weight=1.0,
                 fitted={_title(entry, roles[id(entry)]): _num_layers(some) for entry, some in own},
                 num_keys_read=lora.num_keys - len(lost), missing=missing,
             )  # fmt: skip
@@ -368,6 +377,49 @@ class LoRAs:
                     stack.enter_context(around())
             with torch.no_grad():
                 yield
+
+
+def _in_memory(
+    file_path: PathLike | Sequence[PathLike], state_dict: Mapping[str, Tensor] | None
+) -> Checkpoint | None:
+    """The tensors of a LoRA that the caller has read; None: it is in files."""
+    if not state_dict:
+        if not file_path:
+            raise ArgumentError("There is no LoRA; give its file, or state_dict= with its tensors.")
+        return None
+    if file_path:
+        raise ArgumentError(f"{file_path} and state_dict= are both given; give one of them.")
+    return Checkpoint.of_tensors(state_dict, "state_dict")
+
+
+def _free_name(name: str | None, path: Path, taken: Container[str]) -> str:
+    """The name given, else the file's: numbered where a LoRA has it, for one that is loaded twice adds twice.
+
+    Raises:
+        ArgumentError: when the given name is taken.
+    """
+    if name is not None and name in taken:
+        raise ArgumentError(
+            f"A LoRA named {name!r} is loaded already; give this one another name=, leave name= out, or call "
+            f"unload_lora({name!r}) first."
+        )
+    stem = path.stem if name is None else name
+    if stem not in taken:
+        return stem
+    number = next(n for n in count(2) if f"{stem}-{n}" not in taken)
+    logger.warning("A LoRA named %r is loaded already: this one adds to it, as '%s-%d'.", stem, stem, number)
+    return f"{stem}-{number}"
+
+
+def _of_module(entries: Sequence[LoadedModel], module: nn.Module) -> list[LoadedModel]:
+    found = [entry for entry in entries if entry.model is module]
+    if not found:
+        names = ", ".join(entry.name for entry in entries)
+        raise ArgumentError(
+            f"The {type(module).__name__} that the LoRA is for is no network of this pipeline that takes "
+            f"LoRAs; give pipe.dit or another of {names}, or the file alone: load_lora(FILE)."
+        )
+    return found
 
 
 def _require_lora(checkpoint: Checkpoint) -> None:

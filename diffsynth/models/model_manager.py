@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffsynth.announce import announce
 from diffsynth.checkpoints.architecture import Match
@@ -200,13 +200,14 @@ class ModelManager:
 
     def load_lora(
         self,
-        file_path: PathLike | Sequence[PathLike],
+        file_path: PathLike | Sequence[PathLike] = "",
         lora_alpha: float | PerExpert = 1.0,
         name: str | None = None,
         mode: Mode = "fuse",
         network: str | None = None,
         *,
         expert: Expert | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
     ) -> list[LoRAReport]:
         """Use a LoRA, of any dialect, on the loaded networks; the log says what fitted and what did not.
 
@@ -216,8 +217,8 @@ class ModelManager:
                 common is enough: ``style.safetensors``.
             lora_alpha: strength; 1 is as trained. The file's own alpha / rank is applied besides. For a pair
                 it may be one for each: ``{"high": 0.8, "low": 1.0}``.
-            name: for the other methods; None: the file's name without its ending. A pair answers to what its
-                names have in common too.
+            name: for the other methods; None: the file's name without its ending, numbered when it is loaded
+                once more, which adds to it. A pair answers to what its names have in common too.
             mode: "fuse" changes the weights; "attach" keeps factors beside them, at full precision also
                 beside fp8, and lets the strength follow a schedule.
             network: the name of a network, as in `fetch_model`, or what ``expert`` takes; None: all that it
@@ -225,12 +226,13 @@ class ModelManager:
             expert: "high" or "low" for one of two experts, whatever the file's name says; "both" for a file
                 and its twin, each on its own expert, and for a file that is meant for both; None: told by the
                 file's name, else both.
+            state_dict: its tensors by name, in place of a file.
 
         Raises:
             LoRAError: when nothing fits, for a DiT of another size, or a file that is no LoRA.
             ArgumentError: for a name that is taken, or a strength that is no number.
         """
-        return self.loras.load(file_path, lora_alpha, name, mode, network, expert)
+        return self.loras.load(file_path, lora_alpha, name, mode, network, expert, state_dict=state_dict)
 
     def set_lora(self, name: str, weight: Weight | Mapping[Role, Weight]) -> None:
         """Change a LoRA's strength: a number, or, for an attached one, a list with one for each step.

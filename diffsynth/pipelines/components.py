@@ -106,9 +106,10 @@ class PipelineComponents:
         for expert in (self.high, self.low):
             if expert is not None:
                 found.update(zip(expert.networks, (expert.dit, *expert.adapters), strict=True))
-        return {
-            **found, "text_encoder": self.text_encoder, "image_encoder": self.image_encoder, "vae": self.vae,
-        }  # fmt: skip
+        for name in ("text_encoder", "image_encoder", "vae"):
+            network = getattr(self, name)
+            found[name] = getattr(network, "_orig_mod", network)  # torch.compile wraps what it compiles
+        return found
 
 
 def collect(
@@ -150,7 +151,7 @@ def collect(
                 parts.tokenizer = _tokenizer(found[0], tokenizer_path)
                 words = found[0].match.checkpoint.metadata.get("known_words", "")
                 parts.known_words = frozenset(words.split())
-    _check_sizes(parts)
+    check_sizes(parts)
     return parts
 
 
@@ -279,25 +280,26 @@ def _roles(first: LoadedModel, second: LoadedModel, *, is_told: bool) -> tuple[L
     return first, second
 
 
-def _check_sizes(parts: PipelineComponents) -> None:
+def check_sizes(parts: PipelineComponents) -> None:
+    """Refuse parts that do not belong together; raises ConfigurationError."""
     if parts.high is None:
         return
     config = parts.high.dit.config
     if parts.text_encoder is not None and parts.text_encoder.config.dim != config.text_dim:
         raise ConfigurationError(
-            f"The text encoder ({parts.sources['text_encoder']}) gives features "
+            f"The text encoder ({parts.sources.get('text_encoder', 'set')}) gives features "
             f"{parts.text_encoder.config.dim} wide and the DiT ({parts.sources['dit']}) reads "
             f"{config.text_dim}; load the text encoder that belongs to this DiT."
         )
     if parts.image_encoder is not None and config.image_dim not in (None, parts.image_encoder.config.dim):
         raise ConfigurationError(
-            f"The image encoder ({parts.sources['image_encoder']}) gives features "
+            f"The image encoder ({parts.sources.get('image_encoder', 'set')}) gives features "
             f"{parts.image_encoder.config.dim} wide and the DiT ({parts.sources['dit']}) reads "
             f"{config.image_dim}; load the image encoder that belongs to this DiT."
         )
     if parts.vae is not None and parts.vae.z_dim != config.out_dim:
         raise ConfigurationError(
-            f"The VAE ({parts.sources['vae']}) has {parts.vae.z_dim} latent channels and the DiT "
+            f"The VAE ({parts.sources.get('vae', 'set')}) has {parts.vae.z_dim} latent channels and the DiT "
             f"({parts.sources['dit']}) {config.out_dim}; load the VAE that belongs to this DiT."
         )
 

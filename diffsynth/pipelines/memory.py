@@ -39,6 +39,7 @@ class MemoryLimits:
     num_persistent_param_in_dit: int | None = None  # about so many parameters of each DiT stay on the device
     vram_limit: float | Literal["auto"] | None = None  # GiB; "auto": what is free when a call begins
     ram_limit: float | None = None  # GiB of host memory for resting weights
+    vram_buffer: float | None = None  # GiB of vram_limit that are left free
 
     def __post_init__(self) -> None:
         count = self.num_persistent_param_in_dit
@@ -55,6 +56,17 @@ class MemoryLimits:
                 continue
             if value is not None and (not isinstance(value, (int, float)) or value <= 0):
                 raise ArgumentError(f"{name} is {value!r}; give GiB above 0, such as 12, or None.")
+        self._check_buffer()
+
+    def _check_buffer(self) -> None:
+        buffer, limit = self.vram_buffer, self.vram_limit
+        if buffer is None:
+            return
+        if limit is None:
+            raise ArgumentError(f"vram_buffer is {buffer!r}, of a vram_limit that was not given; give both.")
+        most = limit if isinstance(limit, (int, float)) else float("inf")
+        if not isinstance(buffer, (int, float)) or not 0 <= buffer < most:
+            raise ArgumentError(f"vram_buffer is {buffer!r}; give GiB from 0, and less than vram_limit.")
 
     @property
     def is_free(self) -> bool:
@@ -62,14 +74,15 @@ class MemoryLimits:
         return self == MemoryLimits()
 
     def vram_gib(self, device: torch.device) -> float | None:
-        """The limit in GiB, "auto" resolved."""
-        if self.vram_limit != "auto":
-            return self.vram_limit
+        """The limit in GiB, "auto" resolved, without what is left free."""
+        buffer = self.vram_buffer or 0.0
+        if self.vram_limit is None or self.vram_limit != "auto":
+            return None if self.vram_limit is None else self.vram_limit - buffer
         if device.type != "cuda":
             raise ArgumentError(f'vram_limit is "auto" and the device is {device}; give GiB there.')
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (free + unused) * AUTO_SHARE / GIB
+        return max(0.0, (free + unused) * AUTO_SHARE / GIB - buffer)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +165,16 @@ class MemoryManager:
     def find_networks(self) -> None:
         """Look again which network has which name; nothing may be under limits meanwhile."""
         self.residency.name_networks(self._parts.networks())
+
+    def move_to(self, device: torch.device) -> None:
+        """Let networks compute there; nothing may be under limits meanwhile."""
+        self.residency.move_to(device)
+
+    def rest_on_host(self) -> None:
+        """Let the weights rest on the host, and come to the device for their phase."""
+        self.residency.close()
+        self._move_to_host()
+        self.find_networks()
 
     def limit(self, limits: MemoryLimits) -> None:
         """Follow these limits from now on, in place of earlier ones; raises as `plan_call`."""

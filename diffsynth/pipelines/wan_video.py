@@ -10,7 +10,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffsynth.conditioning.conditions import LatentPlan, Merged
 from diffsynth.denoising.expert import Experts
@@ -25,14 +25,18 @@ from diffsynth.pipelines.decoding import Tiling, VideoDecoder
 from diffsynth.pipelines.describe import describe, describe_memory
 from diffsynth.pipelines.encoding import EncodingSession, encode_request
 from diffsynth.pipelines.experts import ExpertMethods, boundary_of, step_counts
+from diffsynth.pipelines.from_configs import arrange, load_configs, refuse_audio
 from diffsynth.pipelines.kernels import choose_kernels
 from diffsynth.pipelines.loras import LoRAMethods
 from diffsynth.pipelines.memory import MemoryLimits, MemoryManager
+from diffsynth.pipelines.model_config import ModelConfig
+from diffsynth.pipelines.networks import NetworkAttributes
 from diffsynth.pipelines.noise import draw_noise, prepared_sampler
 from diffsynth.pipelines.remarks import make_remarks
 from diffsynth.pipelines.request import CallOptions, VideoRequest, call_signature, read_request
 from diffsynth.pipelines.run_facts import without_iterators
 from diffsynth.pipelines.saved_latents import KeptLatents, keep_latents, latents_kept, provenance
+from diffsynth.pipelines.v1_methods import V1Methods
 from diffsynth.sampling.sampler import Sampler
 from diffsynth.sampling.schedule import add_noise
 from diffsynth.vram_management.memory_plan import MemoryPlan
@@ -43,11 +47,14 @@ if TYPE_CHECKING:
 
     from diffsynth.pipelines.decoding import OutputType, Videos
 
+__all__ = ["ModelConfig", "WanVideoPipeline"]
+
 logger = logging.getLogger("diffsynth")
+NO_USP = "use_usp=True: several GPUs for one video are not in this version; leave it out."
 Precision = Literal["official", "v1"]
 
 
-class WanVideoPipeline(LoRAMethods, ExpertMethods):
+class WanVideoPipeline(NetworkAttributes, LoRAMethods, ExpertMethods, V1Methods):
     """Turns a request into a video; see `__call__`.
 
     Args:
@@ -65,6 +72,7 @@ class WanVideoPipeline(LoRAMethods, ExpertMethods):
         self._memory = MemoryManager(parts)
         self._residency = self._memory.residency
         self._is_interrupted = False
+        self._fits_itself = False  # `enable_vram_management` without a limit means what is free
         self._in_use = Lock()
         parts.loras.guard(self._resting)
 
@@ -93,9 +101,7 @@ class WanVideoPipeline(LoRAMethods, ExpertMethods):
             precision: see the class.
         """
         if use_usp:
-            raise ArgumentError(
-                "use_usp=True: several GPUs for one video are not in this version; leave it out."
-            )
+            raise ArgumentError(NO_USP)
         place = torch.device(model_manager.device if device is None else device)
         if place.type == "cuda" and not torch.cuda.is_available():
             raise ArgumentError(
@@ -106,9 +112,9 @@ class WanVideoPipeline(LoRAMethods, ExpertMethods):
         return cls(parts, precision)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # noqa: PLR0913  (the keywords of two libraries)
         cls,
-        path: str | Path | Sequence[str | Path],
+        path: str | Path | Sequence[str | Path] | None = None,
         torch_dtype: torch.dtype | None = torch.bfloat16,
         device: str | torch.device | None = None,
         *,
@@ -116,6 +122,12 @@ class WanVideoPipeline(LoRAMethods, ExpertMethods):
         dit: str | Path | Sequence[str | Path] | None = None,
         tokenizer_path: str | Path | None = None,
         precision: Precision = "official",
+        vram_limit: float | Literal["auto"] | None = None,
+        model_configs: Sequence[ModelConfig] | None = None,
+        tokenizer_config: ModelConfig | None = None,
+        audio_processor_config: ModelConfig | None = None,
+        redirect_common_files: bool = True,
+        use_usp: bool = False,
     ) -> WanVideoPipeline:
         """Load a folder (official, diffusers), a list of files, or a hub id; every part is found by itself.
 
@@ -127,45 +139,40 @@ class WanVideoPipeline(LoRAMethods, ExpertMethods):
             dit: see `from_model_manager`.
             tokenizer_path: see `from_model_manager`.
             precision: see the class.
+            vram_limit: see `enable_vram_management`; 0 streams all that can be.
+            model_configs: in place of ``path``: the models one by one, as DiffSynth-Studio 1.1.8 and 2.x name
+                them.
+            tokenizer_config: with ``model_configs``: the tokenizer, when it does not lie beside the text
+                encoder.
+            audio_processor_config: of speech to video, which is not in this version.
+            redirect_common_files: with ``model_configs``: text encoder, VAE and CLIP may be the copies that
+                lie in another repository's folder.
+            use_usp: see `from_model_manager`.
         """
-        manager = ModelManager(torch_dtype=torch_dtype, device=device)
-        manager.load_models(local_paths(path, download=download))
-        return cls.from_model_manager(manager, dit=dit, tokenizer_path=tokenizer_path, precision=precision)
-
-    @property
-    def dit(self) -> nn.Module | None:
-        """The DiT, or the high-noise expert."""
-        return None if self.parts.high is None else self.parts.high.dit
-
-    @property
-    def dit2(self) -> nn.Module | None:
-        """The low-noise expert."""
-        return None if self.parts.low is None else self.parts.low.dit
-
-    @property
-    def vae(self) -> nn.Module | None:
-        """The video VAE."""
-        return self.parts.vae
-
-    @property
-    def text_encoder(self) -> nn.Module | None:
-        """The text encoder."""
-        return self.parts.text_encoder
-
-    @property
-    def image_encoder(self) -> nn.Module | None:
-        """The CLIP image encoder."""
-        return self.parts.image_encoder
-
-    @property
-    def device(self) -> torch.device:
-        """Where networks compute."""
-        return self.parts.device
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """Of intermediate results."""
-        return self.parts.dtype
+        if use_usp:
+            raise ArgumentError(NO_USP)
+        if (path is None) == (model_configs is None):
+            raise ArgumentError("Give path=, or model_configs=[ModelConfig(...), ...]: one of them.")
+        if path is not None:
+            if tokenizer_config is not None:
+                raise ArgumentError("tokenizer_config= belongs to model_configs=; give tokenizer_path=.")
+            manager = ModelManager(torch_dtype=torch_dtype, device=device)
+            manager.load_models(local_paths(path, download=download))
+            arrangement = arrange([], torch_dtype, manager.device, vram_limit)
+        else:
+            manager, arrangement, tokenizer_path = load_configs(
+                model_configs or (), torch_dtype=torch_dtype, device=device, vram_limit=vram_limit,
+                tokenizer_config=tokenizer_config, tokenizer_path=tokenizer_path, download=download,
+                redirect_common_files=redirect_common_files,
+            )  # fmt: skip
+        refuse_audio(audio_processor_config)
+        pipe = cls.from_model_manager(manager, dit=dit, tokenizer_path=tokenizer_path, precision=precision)
+        pipe._fits_itself = model_configs is not None
+        if arrangement.fp8_compute:
+            pipe.choose_kernels(fp8_compute="fp8")
+        if not arrangement.limits.is_free and (pipe.parts.high is not None or vram_limit):
+            pipe._limit(arrangement.limits)
+        return pipe
 
     @property
     def memory_plan(self) -> MemoryPlan | None:
@@ -177,29 +184,38 @@ class WanVideoPipeline(LoRAMethods, ExpertMethods):
         num_persistent_param_in_dit: int | None = None,
         vram_limit: float | Literal["auto"] | None = None,
         ram_limit: float | None = None,
+        *,
+        vram_buffer: float | None = None,
     ) -> None:
         """Run within less memory: blocks that do not fit are streamed from the host just ahead of their use.
 
         Every call is planned by its own sizes; `memory_plan` and ``diffsynth plan`` show the plan. Called
         again, the new limits replace the old ones. With no limit at all each network comes to the device for
-        its phase as a whole, as it does without this call.
+        its phase as a whole, as it does without this call; in a pipeline made of ``model_configs=`` on a GPU
+        that is "auto", as in DiffSynth-Studio 1.1.8.
 
         Args:
             num_persistent_param_in_dit: about so many parameters of each DiT stay on the device, spread
-                evenly through its depth; 0 streams every block.
+                evenly through its depth; 0 streams every block, more than there are keeps all.
             vram_limit: GiB of the device that a call may use; "auto" is what is free when it begins.
             ram_limit: GiB of host memory for resting weights; where they do not fit, blocks are read from
                 their file through a small ring.
+            vram_buffer: GiB of ``vram_limit`` that are left free.
 
         Raises:
             MemoryBudgetError: when the model's usual sizes do not fit; says the minimum and what lowers it.
             ArgumentError: for values that cannot work.
         """
+        is_left_open = num_persistent_param_in_dit is None and vram_limit is None
+        if is_left_open and self.device.type == "cuda" and (self._fits_itself or vram_buffer is not None):
+            vram_limit = "auto"
         limits = MemoryLimits(
-            num_persistent_param_in_dit=num_persistent_param_in_dit,
-            vram_limit=vram_limit,
-            ram_limit=ram_limit,
-        )
+            num_persistent_param_in_dit=num_persistent_param_in_dit, vram_limit=vram_limit,
+            ram_limit=ram_limit, vram_buffer=vram_buffer,
+        )  # fmt: skip
+        self._limit(limits)
+
+    def _limit(self, limits: MemoryLimits) -> None:
         with self._alone():
             self._memory.limit(limits)
         if self.memory_plan is not None:
@@ -332,6 +348,7 @@ class WanVideoPipeline(LoRAMethods, ExpertMethods):
             )
         sampler = prepared_sampler(request)
         make_remarks(request, self.parts)
+        self.scheduler.read(sampler.sigmas, sampler.timesteps)
         self.parts.loras.begin(*step_counts(self.parts, request.options, sampler))
         course = plot_course(request, arguments, self.parts, self.precision, sampler)
         self.parts.loras.advance(course.first_step)

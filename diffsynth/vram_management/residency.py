@@ -191,6 +191,12 @@ class Residency:
         self._guests = {}
         self.arrange({})
 
+    def move_to(self, device: torch.device) -> None:
+        """Bring them to this device from now on; all of them rest."""
+        self.close()
+        self._device, self._guests = device, {}
+        self.arrange({})
+
     def arrange(self, plans: Mapping[str, NetworkPlan], *, may_lock: bool = True) -> None:
         """Follow these plans from now on; a network without one comes for its phase as a whole.
 

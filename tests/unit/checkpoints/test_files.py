@@ -56,6 +56,29 @@ def test_shards_of_two_experts_in_one_flat_list_are_kept_apart(tmp_path: Path) -
     assert [group.paths for group in groups] == [tuple(high), tuple(low)]
 
 
+@pytest.mark.parametrize("is_inner", [False, True], ids=["flat", "inner-list"])
+def test_shards_from_two_folders_are_one_model(is_inner: bool, tmp_path: Path) -> None:
+    shards = [shard(tmp_path / ("disk_a" if n < 3 else "disk_b"), n, 4) for n in range(1, 5)]
+    vae = single(tmp_path / "disk_a" / "vae.safetensors")
+    mixed = [shards[3], shards[0], shards[2], shards[1]]
+    groups = group_files([mixed, vae] if is_inner else [vae, *mixed])
+    assert sorted(len(group.paths) for group in groups) == [1, 4]
+    assert len(Checkpoint.open_all([mixed] if is_inner else mixed)[0]) == 4
+
+
+@pytest.mark.parametrize("is_inner", [False, True], ids=["flat", "inner-list"])
+def test_halves_of_two_models_are_not_put_together(is_inner: bool, tmp_path: Path) -> None:
+    halves = [shard(tmp_path / f"{role}_noise_model", n, 2) for n, role in ((1, "high"), (2, "low"))]
+    with pytest.raises(MissingShardError, match="1 of 2 missing"):
+        group_files([halves] if is_inner else halves)
+    whole = [shard(tmp_path / folder, n, 2) for folder in ("a", "b") for n in (1, 2)]
+    mixed = [whole[0], whole[3]]
+    with pytest.raises(MissingShardError, match="in the folder but were not given"):
+        group_files([mixed] if is_inner else mixed)
+    with pytest.raises(CheckpointError, match="not shards of one model"):
+        Checkpoint.open(whole)
+
+
 @pytest.mark.parametrize("given", ["flat", "inner-list", "glob", "folder"])
 def test_a_missing_shard_is_named(given: str, tmp_path: Path) -> None:
     shards = [shard(tmp_path, n) for n in (1, 2, 3, 5, 6)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffsynth.conditioning.conditions import Conditions
 from diffsynth.conditioning.vace import VaceCondition
-from diffsynth.errors import ArgumentError, LoRAError, LoRAFileError
+from diffsynth.errors import ArgumentError, CheckpointError, LoRAError, LoRAFileError
 from diffsynth.lora.attach import Dial, LoRALinear, attach, attached_layers, fresh_changes
 from diffsynth.lora.changes import LowRank, delta
 from diffsynth.lora.names import flat
@@ -279,11 +279,46 @@ def test_wrong_files_are_told_as_such(files: Path, tmp_path: Path) -> None:
     assert manager.loras.names == []
 
 
+@pytest.mark.parametrize("mode", ["fuse", "attach"])
+def test_one_lora_loaded_twice_adds_twice(mode: str, files: Path, caplog: pytest.LogCaptureFixture) -> None:
+    style = files / "style.safetensors"
+    manager, dit = manager_of(files)
+    before = state(dit)
+    manager.load_lora(style, 0.75, mode=mode)  # type: ignore[arg-type]
+    expected = velocity(dit)
+    manager.unload_lora()
+    for weight in (0.5, 0.25):
+        manager.load_lora(style, weight, mode=mode)  # type: ignore[arg-type]
+    assert manager.loras.names == ["style", "style-2"]
+    assert [line for line in caplog.messages if "adds to it, as 'style-2'" in line]
+    assert (velocity(dit) - expected).norm() <= 1e-5 * expected.norm()
+    manager.unload_lora()
+    assert_same(dit, before)
+
+
+@pytest.mark.parametrize("mode", ["fuse", "attach"])
+def test_tensors_in_memory_are_a_lora_as_a_file_is(mode: str, files: Path) -> None:
+    results = []
+    for given in ({"file_path": files / "every.safetensors"}, {"file_path": "", "state_dict": 1}):
+        manager, dit = manager_of(files)
+        if "state_dict" in given:
+            given["state_dict"] = load_file(files / "every.safetensors")
+        [report] = manager.load_lora(**given, lora_alpha=0.8, mode=mode)  # type: ignore[arg-type]
+        assert not report.missing
+        results.append(velocity(dit))
+    assert torch.equal(*results) and manager.loras.names == ["state_dict"]
+    with pytest.raises(CheckpointError, match=r"holds 'state_dict': dict.*state\['state_dict'\]"):
+        manager.load_lora(state_dict={"state_dict": load_file(files / "every.safetensors")})  # type: ignore[dict-item]
+
+
 def test_wrong_arguments_say_what_to_give(files: Path) -> None:
     manager, _ = manager_of(files)
     manager.load_lora(files / "style.safetensors")
     for call, what in (
-        (lambda: manager.load_lora(files / "style.safetensors"), "is loaded already"),
+        (lambda: manager.load_lora(files / "style.safetensors", name="style"), "is loaded already"),
+        (manager.load_lora, "There is no LoRA"),
+        (lambda: manager.load_lora(state_dict={}), "There is no LoRA"),
+        (lambda: manager.load_lora("a.safetensors", state_dict={"a": drawn(2)}), "give one of them"),
         (
             lambda: manager.load_lora(files / "style.safetensors", name="b", mode="merge"),
             "'fuse' or 'attach'",
