@@ -13,7 +13,8 @@ import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from diffsynth.checkpoints.files import PART_FOLDERS, SHARD, SUFFIXES
+from diffsynth.checkpoints.files import PART_FOLDERS, SUFFIXES
+from diffsynth.checkpoints.hints import SHARD
 from diffsynth.tiny import tiny_folder
 
 logger = logging.getLogger("diffsynth")
