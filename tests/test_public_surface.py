@@ -88,6 +88,7 @@ FLAGS = {
     },
     "preprocess": {
         "source", "out", "--task", "--boxes", "--model", "--download", "--device", "--fps",
+        "--overwrite",
     },
     "decode": {
         "latents", "--codec", "--crf", "--debug", "--device", "--dtype", "--fps", "--no-tiled", "--out",

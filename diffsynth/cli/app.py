@@ -129,6 +129,7 @@ def preprocess(  # noqa: PLR0913
         typer.Option(help="Of canny and scribble: lower and upper gradient of a line; by the picture."),
     ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second; the source's.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
 ) -> None:
     """Draw the control video of a video: grey, lines, motion, depth, poses or boxes."""
     from diffsynth.cli.preprocess import PreprocessRequest, run_preprocess
@@ -137,8 +138,11 @@ def preprocess(  # noqa: PLR0913
     with plain_errors():
         options = Options(model=model, download=download, device=device, thresholds=thresholds)
         run_preprocess(
-            PreprocessRequest(source=source, out=out, task=task.value, boxes=boxes, options=options, fps=fps)
-        )
+            PreprocessRequest(
+                source=source, out=out, task=task.value, boxes=boxes, options=options, fps=fps,
+                overwrite=overwrite,
+            )
+        )  # fmt: skip
 
 
 @app.command()

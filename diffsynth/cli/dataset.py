@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from diffsynth.cli.ending import plain_errors
+from diffsynth.cli.naming import Names, Reserved, naming_of, reserved
+from diffsynth.cli.output import as_spelled
 from diffsynth.errors import ArgumentError
+from diffsynth.video.paths import IMAGE_SUFFIXES, write_whole
 from diffsynth.vram_management.rates import DEFAULT_RATES
 
 if TYPE_CHECKING:
@@ -39,6 +43,7 @@ class CheckRequest:
     vram_gb: float | None
     tflops: float
     sheet: Path | None
+    overwrite: bool  # a file that has the name of the sheet
     decode: bool
     workers: int | None
     list_folder: Path | None
@@ -102,6 +107,7 @@ def check(  # noqa: PLR0913
         float, typer.Option(help="TFLOP/s in bfloat16: RTX 4090 130, A100 180, H100 650.")
     ] = DEFAULT_RATES.tflops,
     sheet: Annotated[Path | None, typer.Option(help="A .png: pictures of clips with their captions.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a --sheet that is there.")] = False,
     workers: Annotated[int | None, typer.Option(help="Threads that read headers.")] = None,
     lists: Annotated[
         Path | None, typer.Option(help="Folder for the list of dropped files. [default: the dataset's]")
@@ -133,8 +139,8 @@ def check(  # noqa: PLR0913
             CheckRequest(
                 model=model, dit=dit, fps=model_fps or (24.0 if is_big else 16.0),
                 grid=grid or (32 if is_big else 16),
-                batch=batch, accumulation=accumulate, vram_gb=vram, tflops=tflops, sheet=sheet, decode=decode,
-                workers=workers, list_folder=lists, as_json=as_json,
+                batch=batch, accumulation=accumulate, vram_gb=vram, tflops=tflops, sheet=sheet,
+                overwrite=overwrite, decode=decode, workers=workers, list_folder=lists, as_json=as_json,
             ),
         )  # fmt: skip
 
@@ -145,11 +151,20 @@ def run_check(configs: Sequence[DatasetConfig], request: CheckRequest) -> None:
     Raises:
         DiffSynthError: what is wrong with a dataset, or with what was asked.
     """
+    if request.sheet is None:
+        if request.overwrite:
+            raise ArgumentError("--overwrite is about the --sheet, which is missing; leave it out.")
+        _report(configs, request, None)
+        return
+    names = _sheet_names(request.sheet, configs, overwrite=request.overwrite)
+    with reserved(names, IMAGE_SUFFIXES) as found:
+        _report(configs, request, found)
+
+
+def _report(configs: Sequence[DatasetConfig], request: CheckRequest, sheet: Reserved | None) -> None:
     from diffsynth.training.dataset.planning import plan_dataset
     from diffsynth.training.dataset.report import report_of, to_object, to_text
 
-    if request.sheet is not None:
-        _check_sheet(request.sheet, configs)
     plan = plan_dataset(
         configs, model_fps=request.fps, grid=(request.grid, request.grid), workers=request.workers,
         list_folder=request.list_folder, decode=request.decode,
@@ -159,30 +174,33 @@ def run_check(configs: Sequence[DatasetConfig], request: CheckRequest) -> None:
         vram_gb=request.vram_gb, tflops=request.tflops,
     )  # fmt: skip
     told = to_object(report)
-    undecodable = _drawn(plan, request.sheet)
+    undecodable: list[str] = []
+    made = None if sheet is None else _draw(plan, sheet, undecodable)
     if request.as_json:
         told["undecodable"] = undecodable
         sys.stdout.write(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
         return
     sys.stdout.write(to_text(report) + "\n")
     sys.stdout.writelines(f"warning: cannot be decoded: {text}\n" for text in undecodable)
-    if request.sheet is not None:
-        sys.stdout.write(f"{request.sheet}: contact sheet\n")
+    if made is not None:
+        sys.stdout.write(f"{made}: contact sheet\n")
 
 
-def _drawn(plan: DatasetPlan, sheet: Path | None) -> list[str]:
-    """Draw the sheet; what could not be decoded for it, in words."""
-    if sheet is None:
-        return []
+def _draw(plan: DatasetPlan, sheet: Reserved, undecodable: list[str]) -> Path:
+    """Draw the sheet and return its path; what could not be decoded for it is added to ``undecodable``."""
     from diffsynth.training.dataset.sheet import write_sheet
 
-    return [dropped.reason for dropped in write_sheet(plan, sheet)]
+    (path,) = sheet.paths
+    target = Path(os.path.realpath(path.expanduser()))
+
+    def write(place: Path) -> None:
+        undecodable.extend(dropped.reason for dropped in write_sheet(plan, place))
+
+    return as_spelled(path, write_whole(target, write, overwrite=sheet.overwrites))
 
 
-def _check_sheet(sheet: Path, configs: Sequence[DatasetConfig]) -> None:
-    from diffsynth.video import IMAGE_SUFFIXES, check_output_path
-
-    target = check_output_path(sheet, suffixes=IMAGE_SUFFIXES)
+def _sheet_names(sheet: Path, configs: Sequence[DatasetConfig], *, overwrite: bool) -> Names:
+    target = sheet.expanduser().resolve()
     for config in configs:
         folder = Path(config.path).expanduser().resolve()
         if folder.is_dir() and target.is_relative_to(folder):
@@ -190,6 +208,8 @@ def _check_sheet(sheet: Path, configs: Sequence[DatasetConfig]) -> None:
                 f"--sheet {sheet} lies in the dataset {config.path}, whose pictures are training data; "
                 "write it elsewhere."
             )
+    naming = naming_of(is_named=True, overwrite=overwrite)
+    return Names(out=sheet, naming=naming, inputs=[config.path for config in configs])
 
 
 def _dit_sizes(model: str) -> DiTSizes | None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from diffsynth.cli.ending import plain_errors
+from diffsynth.cli.naming import Names, naming_of, reserved
+from diffsynth.cli.output import as_spelled
 from diffsynth.errors import ArgumentError, LoRAError
+from diffsynth.video.paths import told_size, write_whole
 
 if TYPE_CHECKING:
     from diffsynth.checkpoints.architecture import Match
@@ -32,6 +37,7 @@ _Out = Annotated[
 _Svd = Annotated[
     int | None, typer.Option(help="Turn LoHa, LoKr and whole differences into A and B of this rank.")
 ]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
 _Network = Annotated[str | None, typer.Option(help="Of a file for two experts: high or low.")]
 
 
@@ -53,17 +59,19 @@ def convert(
     to: Annotated[Dialect, typer.Option("--to", help="The dialect to write.")] = "comfy",
     svd: _Svd = None,
     network: _Network = None,
+    overwrite: _Overwrite = False,
 ) -> None:
     """Write a LoRA in another dialect; what that cannot name is an error that lists it."""
     with plain_errors():
         from diffsynth.lora.dialects import to_low_rank, write_loras
 
-        _check_out(out)
-        loras = _open(path, network)
-        _refuse_unread(loras)
-        write_loras(out, loras if svd is None else [to_low_rank(lora, svd) for lora in loras], to)
+        with _written(out, [path], overwrite=overwrite) as write:
+            loras = _open(path, network)
+            _refuse_unread(loras)
+            told = loras if svd is None else [to_low_rank(lora, svd) for lora in loras]
+            made = write(lambda place: write_loras(place, told, to))
         typer.echo(
-            f"{out}: {sum(len(lora.layers) for lora in loras)} layers, from {loras[0].dialect} to {to}"
+            f"{made}: {sum(len(lora.layers) for lora in loras)} layers, from {loras[0].dialect} to {to}"
         )
 
 
@@ -78,6 +86,7 @@ def merge(
         list[float] | None, typer.Option("--weight", help="Strength of each LoRA, in the same order; 1.")
     ] = None,
     network: _Network = None,
+    overwrite: _Overwrite = False,
 ) -> None:
     """Write a checkpoint with LoRAs fused into it. Weights kept in fp8 are written as bfloat16."""
     with plain_errors():
@@ -86,16 +95,18 @@ def merge(
         weights = weight or [1.0] * len(lora)
         if len(weights) != len(lora):
             raise ArgumentError(f"--weight was given {len(weights)} times for {len(lora)} LoRAs.")
-        _check_out(out)
-        pairs = [(one, w) for path, w in zip(lora, weights, strict=True) for one in _open(path, network)]
-        if len(pairs) != len(lora):
-            raise LoRAError(
-                "One of the files holds LoRAs of both experts; choose one: --network high or low."
-            )
-        missing = merge_into(_dit(base), pairs, out)
+        missing: dict[str, tuple[str, ...]] = {}
+        with _written(out, [*base, *lora], overwrite=overwrite) as write:
+            pairs = [(one, w) for path, w in zip(lora, weights, strict=True) for one in _open(path, network)]
+            if len(pairs) != len(lora):
+                raise LoRAError(
+                    "One of the files holds LoRAs of both experts; choose one: --network high or low."
+                )
+            matches = _dit(base)
+            made = write(lambda place: missing.update(merge_into(matches, pairs, place)))
         for why, keys in missing.items():
             typer.echo(f"warning: {len(keys)} keys are {why} ({keys[0]} ...)", err=True)
-        typer.echo(f"{out}: {out.stat().st_size / 2**30:.2f} GiB")
+        typer.echo(f"{made}: {told_size(made.stat().st_size)}")
 
 
 @app.command()
@@ -105,6 +116,7 @@ def extract(
     out: _Out,
     rank: Annotated[int, typer.Option(help="Of the factors; 4 to 128 are usual.")] = 32,
     to: Annotated[Dialect, typer.Option("--to", help="The dialect to write.")] = "comfy",
+    overwrite: _Overwrite = False,
 ) -> None:
     """Take a LoRA from the difference of two checkpoints, by SVD."""
     with plain_errors():
@@ -113,16 +125,23 @@ def extract(
 
         if rank < 1:
             raise ArgumentError(f"--rank is {rank}; give 1 or more (32 is usual).")
-        _check_out(out)
-        found = extract_from(_dit([tuned])[0].checkpoint, _dit([base])[0].checkpoint, rank)
-        write_loras(out, [found], to)
-        typer.echo(f"{out}: {len(found.layers)} layers, rank {rank}, {out.stat().st_size / 2**20:.1f} MiB")
+        with _written(out, [tuned, base], overwrite=overwrite) as write:
+            found = extract_from(_dit([tuned])[0].checkpoint, _dit([base])[0].checkpoint, rank)
+            made = write(lambda place: write_loras(place, [found], to))
+        size = told_size(made.stat().st_size)
+        typer.echo(f"{made}: {len(found.layers)} layers, rank {rank}, {size}")
 
 
-def _check_out(out: Path) -> None:
-    from diffsynth.video import check_output_path
-
-    check_output_path(out, need_bytes=0, suffixes=(".safetensors",))
+@contextmanager
+def _written(
+    out: Path, inputs: Sequence[Path], *, overwrite: bool
+) -> Iterator[Callable[[Callable[[Path], object]], Path]]:
+    """Check and claim a name; what is given is called with a function that writes, and returns the path."""
+    names = Names(out=out, naming=naming_of(is_named=True, overwrite=overwrite), inputs=inputs)
+    with reserved(names, (".safetensors",)) as found:
+        (path,) = found.paths
+        target = Path(os.path.realpath(path.expanduser()))
+        yield lambda write: as_spelled(path, write_whole(target, write, overwrite=found.overwrites))
 
 
 def _open(path: Path, network: str | None) -> list[LoRA]:

@@ -15,7 +15,7 @@ from diffsynth.cli.naming import Names, Reserved, reserve
 from diffsynth.errors import ArgumentError, DiffSynthError
 from diffsynth.video import VideoWriter
 from diffsynth.video.images import picture_comment, write_image
-from diffsynth.video.paths import VIDEO_SUFFIXES, check_room
+from diffsynth.video.paths import VIDEO_SUFFIXES, check_room, told_size
 from diffsynth.video.settings import check_text
 
 if TYPE_CHECKING:
@@ -172,8 +172,7 @@ def write_video(
     assert pipe.parts.vae is not None
     num_latents, height, width = latents.shape[2:]
     num_frames = (num_latents - 1) * pipe.parts.vae.temporal_stride + 1
-    scale, size = pipe.parts.vae.spatial_stride, made.stat().st_size
-    amount = f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
+    scale, amount = pipe.parts.vae.spatial_stride, told_size(made.stat().st_size)
     length = "" if output.is_picture else f", {num_frames} frames at {settings['fps']:g} fps"
     made = as_spelled(path, made)
     return made, f"{made}: {width * scale}x{height * scale}{length}, {amount}"

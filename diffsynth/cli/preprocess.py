@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from diffsynth.cli.output import FPS, PICTURE_SUFFIXES, log_to_stderr
+from diffsynth.cli.naming import Names, naming_of, reserved
+from diffsynth.cli.output import FPS, PICTURE_SUFFIXES, as_spelled, log_to_stderr
 from diffsynth.errors import ArgumentError
-from diffsynth.video import VideoData, check_output_path, load_image, picture_size, save_image, save_video
+from diffsynth.video import VideoData, VideoWriter, load_image, picture_size
+from diffsynth.video.images import write_image
 from diffsynth.video.paths import VIDEO_SUFFIXES
 from diffsynth.video.preprocess import TASKS, Options, preprocess
 from diffsynth.video.vace_recipes import layout
@@ -33,6 +35,7 @@ class PreprocessRequest:
     boxes: Path | None
     options: Options
     fps: float | None  # None: the source's
+    overwrite: bool = False  # a file that has the name of ``out``
 
 
 def run_preprocess(request: PreprocessRequest) -> None:
@@ -41,21 +44,29 @@ def run_preprocess(request: PreprocessRequest) -> None:
     Raises:
         DiffSynthError: what was wrong with the source, the task or the place; nothing half-written is left.
     """
-    check_output_path(request.out, suffixes=(*VIDEO_SUFFIXES, *PICTURE_SUFFIXES))
     if request.task != LAYOUT and request.boxes is not None:
         raise ArgumentError(f"--boxes is for --task {LAYOUT}; task {request.task!r} does not read it.")
     is_picture = request.out.suffix.lower() in PICTURE_SUFFIXES
     if is_picture and request.fps is not None:
         raise ArgumentError(f"{request.out} is a picture; --fps is for videos.")
-    with log_to_stderr(is_quiet=False):
+    names = Names(
+        out=request.out, naming=naming_of(is_named=True, overwrite=request.overwrite),
+        inputs=[each for each in (request.source, request.boxes, request.options.model) if each is not None],
+    )  # fmt: skip
+    with log_to_stderr(is_quiet=False), reserved(names, (*VIDEO_SUFFIXES, *PICTURE_SUFFIXES)) as found:
         source, fps = _opened(request.source, is_picture=is_picture)
         made = _layout(request, source) if request.task == LAYOUT else _drawn(request, source)
+        (out,) = found.paths
         if is_picture:
-            save_image(next(iter(made)), request.out)
-            typer.echo(f"{request.out}: {request.task}, a picture")
+            real = write_image(next(iter(made)), out, overwrite=found.overwrites)
+            typer.echo(f"{as_spelled(out, real)}: {request.task}, a picture")
             return
-        save_video(made, request.out, request.fps or fps)
-        typer.echo(f"{request.out}: {request.task}, {len(source)} frames at {request.fps or fps:g} fps")
+        rate = fps if request.fps is None else request.fps
+        with VideoWriter(out, rate) as writer:
+            writer.overwrites = found.overwrites
+            for frame in made:
+                writer.write(frame)
+        typer.echo(f"{as_spelled(out, writer.path)}: {request.task}, {len(source)} frames at {rate:g} fps")
 
 
 def _opened(path: Path, *, is_picture: bool) -> tuple[Any, float]:

@@ -21,6 +21,7 @@ from diffsynth.lora.changes import Decomposed, Difference, Hadamard, Kronecker, 
 from diffsynth.lora.extract import low_rank
 from diffsynth.lora.formats import MODULATION, LayerChange, LoRA
 from diffsynth.lora.names import diffusers_name, flat
+from diffsynth.video.paths import check_not_read
 
 DIALECTS = ("comfy", "kohya", "diffusers", "peft")
 _FOLDED_IN = ("diffusers", "peft")  # these have no place for an alpha
@@ -33,7 +34,9 @@ def write_loras(path: Path, loras: Sequence[LoRA], dialect: str) -> None:
     Raises:
         LoRAError: for layers or kinds of change that the dialect cannot name; lists them.
         ArgumentError: for an unknown dialect.
+        OutputPathError: when ``path`` is the file of one of the LoRAs.
     """
+    check_not_read(path, [lora.source for lora in loras if lora.source])
     tensors: dict[str, Tensor] = {}
     for lora in loras:
         prefix = "transformer_2." if len(loras) > 1 and lora.role == "low" else "transformer."

@@ -23,7 +23,7 @@ from diffsynth.lora.changes import Change, Difference, LowRank, changed
 from diffsynth.lora.extract import low_rank
 from diffsynth.lora.formats import LayerChange, LoRA
 from diffsynth.lora.matching import Network, fit
-from diffsynth.video.paths import replacing
+from diffsynth.video.paths import check_not_read, replacing
 
 
 def merge(
@@ -41,8 +41,11 @@ def merge(
 
     Raises:
         LoRAError: when a LoRA fits nowhere.
-        OutputPathError: when the disk refuses; nothing half-written stays.
+        OutputPathError: when ``path`` is one of the files that are read, or the disk refuses; nothing
+            half-written stays.
     """
+    check_not_read(path, [file for match in base for file in match.checkpoint.paths])
+    check_not_read(path, [lora.source for lora, _ in loras if lora.source])
     networks = [Network(title=m.needs, source=m.checkpoint.source, shapes=m.checkpoint.shapes) for m in base]
     sums: dict[str, list[tuple[Change, float]]] = {}
     missing: dict[str, tuple[str, ...]] = {}

@@ -219,11 +219,8 @@ def keep_latents(
         options=tuple(decode_options), vae_dtype=_dtype_of_vae(parts),
     )  # fmt: skip
     if kept.path.parent != _absolute(path).parent:
-        logger.warning(
-            "The latents are in %s instead; this command makes the video of them: %s",
-            kept.path,
-            kept.command(),
-        )
+        more = f"; this command makes the video of them: {kept.command()}" if out is None else "."
+        logger.warning("The latents are in %s instead%s", kept.path, more)
     return kept
 
 

@@ -81,7 +81,7 @@ def check_room(target: Path, need_bytes: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < need_bytes:
         raise OutputPathError(
-            f"{target} needs about {_size(need_bytes)}, but only {_size(free)} are free in {target.parent}. "
+            f"{target} needs about {_mib(need_bytes)}, but only {_mib(free)} are free in {target.parent}. "
             "Free some space or choose another disk."
         )
 
@@ -249,7 +249,7 @@ def disk_errors(target: Path, done: str = "") -> Iterator[None]:
         raise
     except OSError as error:
         full = error.errno in _NO_ROOM
-        free = _size(shutil.disk_usage(target.parent).free) if target.parent.is_dir() else "none"
+        free = _mib(shutil.disk_usage(target.parent).free) if target.parent.is_dir() else "none"
         advice = f"{free} are free there; free some space" if full else "Check the disk"
         raise OutputPathError(
             f"Writing {target} failed{done}: {_reason(error)}. Nothing half-written was left behind. "
@@ -262,5 +262,12 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
-def _size(num_bytes: int) -> str:
+def told_size(num_bytes: int) -> str:
+    """An amount in the largest unit of which there is one."""
+    units = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+    unit = next((unit for unit, size in units.items() if num_bytes >= size), "KiB")
+    return f"{num_bytes / units[unit]:.{2 if unit == 'GiB' else 1}f} {unit}"
+
+
+def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.1f} KiB"

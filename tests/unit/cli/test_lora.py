@@ -78,7 +78,8 @@ def test_merge_writes_the_fused_model(shell: Shell, tmp_path: Path) -> None:
     assert ran.status == 0 and "warning" not in ran.err
     merged, expected = weights(out), weights(base, loras[0], 0.5)
     assert merged.keys() == expected.keys() and all(torch.equal(merged[n], expected[n]) for n in merged)
-    assert shell("lora", "merge", base, "--lora", loras[0], "--lora", loras[1], "--out", out).status == 0
+    twice = ("lora", "merge", base, "--lora", loras[0], "--lora", loras[1], "--out", out)
+    assert shell(*twice).status == 1 and shell(*twice, "--overwrite").status == 0
     ran = shell("lora", "merge", base, "--lora", loras[0], "--lora", loras[1], "--weight", "1", "--out", out)
     assert ran.status == 1 and "1 times for 2 LoRAs" in ran.err
     other = write_toy_dit(tmp_path / "other.safetensors", config=replace(TOY_DIT, dim=64))
@@ -101,9 +102,9 @@ def test_extract_finds_the_lora_of_a_merged_model(shell: Shell, tmp_path: Path) 
     assert {name for name in load_file(found) if not name.endswith("alpha")} == set(keys)
     again, expected = weights(base, found), weights(merged)
     assert all(torch.allclose(again[n], expected[n], atol=1e-5) for n in expected)
-    ran = shell("lora", "extract", base, base, "--out", found)
+    ran = shell("lora", "extract", base, base, "--out", found, "--overwrite")
     assert ran.status == 1 and "same numbers" in ran.err
-    ran = shell("lora", "extract", merged, base, "--out", found, "--to", "diffusers")
+    ran = shell("lora", "extract", merged, base, "--out", found, "--to", "diffusers", "--overwrite")
     assert ran.status == 1 and "(diff" in ran.err
 
 
