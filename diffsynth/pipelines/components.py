@@ -89,6 +89,18 @@ class PipelineComponents:
         return VAE_FILES[is_22]
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of a latent: the DiT's; without one the VAE's, or those of Wan2.1."""
+        if self.high is not None:
+            return self.high.dit.config.out_dim
+        return 16 if self.vae is None else self.vae.z_dim
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Latent rows and columns of a token."""
+        return (2, 2) if self.high is None else self.high.dit.config.patch_size[1:]
+
+    @property
     def spatial_stride(self) -> int:
         """Pixels along an edge of a latent position: the VAE's, or of the one that the DiT was made for."""
         if self.vae is not None or self.high is None:

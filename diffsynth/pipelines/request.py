@@ -272,8 +272,7 @@ def _tiling(options: CallOptions, precision: str) -> CallOptions:
 def size_multiples(parts: PipelineComponents) -> tuple[int, int]:
     """What height and width in pixels are multiples of."""
     stride = parts.spatial_stride
-    patch = (1, 2, 2) if parts.high is None else parts.high.dit.config.patch_size
-    return stride * patch[1], stride * patch[2]
+    return stride * parts.patch[0], stride * parts.patch[1]
 
 
 def _sizes_of_picture(given: Mapping[str, object], parts: PipelineComponents) -> dict[str, object]:
@@ -292,7 +291,6 @@ def _sizes_of_picture(given: Mapping[str, object], parts: PipelineComponents) ->
 def _geometry(options: CallOptions, parts: PipelineComponents, num_videos: int) -> Geometry:
     stride = parts.spatial_stride
     multiples = size_multiples(parts)
-    channels = 16 if parts.high is None else parts.high.dit.config.out_dim
     height = _snapped("height", options.height, multiples[0], options.strict)
     width = _snapped("width", options.width, multiples[1], options.strict)
     num_frames = _snapped_frames(options.num_frames, options.strict)
@@ -302,7 +300,8 @@ def _geometry(options: CallOptions, parts: PipelineComponents, num_videos: int) 
         if value > most[name]:
             raise ArgumentError(f"{name} is {value}; Wan models know positions up to {most[name]}.")
     return Geometry(
-        num_videos=num_videos, num_frames=num_frames, height=height, width=width, latent_channels=channels,
+        num_videos=num_videos, num_frames=num_frames, height=height, width=width,
+        latent_channels=parts.latent_channels,
         latent_frames=(num_frames - 1) // TEMPORAL_STRIDE + 1, latent_height=height // stride,
         latent_width=width // stride,
     )  # fmt: skip

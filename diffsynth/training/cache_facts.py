@@ -38,6 +38,7 @@ class DiTFacts:
 
 
 TEXT_TO_VIDEO = DiTFacts()
+TI2V_5B = DiTFacts(latent_channels=VAE22_CHANNELS, holds_first_frame=True)
 # What DiffSynth-Studio v1 encodes for when it is given an image encoder: Wan2.1 I2V-14B.
 IMAGE_TO_VIDEO = DiTFacts(planes={"mask": MASK_CHANNELS, "image": 16}, image_dim=1280)
 
@@ -67,6 +68,14 @@ class AssumedComponents(PipelineComponents):
     @property
     def holds_first_frame(self) -> bool:
         return self.facts.holds_first_frame
+
+    @property
+    def latent_channels(self) -> int:
+        return self.facts.latent_channels
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        return self.facts.patch
 
     @property
     def vae_file(self) -> str:

@@ -31,7 +31,7 @@ from diffsynth.models.wan.dit import WanDiT
 from diffsynth.models.wan.dit_config import VAE22_CHANNELS
 from diffsynth.pipelines.components import ENCODERS, PipelineComponents, collect
 from diffsynth.pipelines.wan_video import WanVideoPipeline
-from diffsynth.training.cache_facts import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, DiTFacts, assuming
+from diffsynth.training.cache_facts import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, TI2V_5B, DiTFacts, assuming
 from diffsynth.training.cache_keys import Maker, facts_of_settings, identity, told_encoders
 from diffsynth.training.cached_dataset import CachedDataset
 from diffsynth.training.config import ExpertsConfig, ModelSources, TrainConfig
@@ -80,9 +80,14 @@ def resolved_device(asked: str | None) -> torch.device:
 
 
 def facts_of(sources: ModelSources) -> DiTFacts:
-    """What the DiT reads, by the headers of its files: nothing is loaded."""
+    """What the DiT reads, by the headers of its files: nothing is loaded.
+
+    Without a DiT the encoders tell for which model clips are encoded.
+    """
     if not sources.dit:
-        return TEXT_TO_VIDEO if sources.image_encoder is None else IMAGE_TO_VIDEO
+        if sources.image_encoder is not None:
+            return IMAGE_TO_VIDEO
+        return TI2V_5B if _is_vae22(sources.vae) else TEXT_TO_VIDEO
     matches = detect(Checkpoint.open(list(sources.dit)), ARCHITECTURES)
     for path in sources.adapters:
         matches += detect(Checkpoint.open(path), ARCHITECTURES)
@@ -98,6 +103,13 @@ def facts_of(sources: ModelSources) -> DiTFacts:
     if config is None:
         raise MissingModelError(f"{', '.join(sources.dit)} holds no DiT; model.dit names the file of one.")
     return DiTFacts.of(config, names)
+
+
+def _is_vae22(path: str | None) -> bool:
+    if path is None or not Path(path).expanduser().exists():  # loading it says so
+        return False
+    found = [match for match in detect(Checkpoint.open(path), ARCHITECTURES) if match.name == "wan_video_vae"]
+    return any(match.config.get("z_dim") == VAE22_CHANNELS for match in found)
 
 
 def model_fps(facts: DiTFacts) -> float:

@@ -54,6 +54,20 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return made
 
 
+def test_clips_are_encoded_for_it_without_a_dit_where_the_vae_is_its_own(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    write_video(tmp_path / "data" / "a.mp4")
+    (tmp_path / "data" / "a.txt").write_text("a ball")
+    model = {**settings["model"], "dit": []}
+    data = [{**settings["data"][0], "path": str(tmp_path / "data")}]
+    run = {**settings["run"], "output": str(tmp_path / "cache")}
+    train(build(TrainConfig, {**settings, "model": model, "data": data, "run": run}, ""))
+    assert open_cache(tmp_path / "data")[0].latents.shape[1] == 48
+    made = config_of({**settings, "data": data}, tmp_path / "out", run={"steps": 1, "batch_size": 1})
+    assert train(made).step == 1
+
+
 def test_a_first_frame_is_clean_for_the_network_and_out_of_the_loss(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
