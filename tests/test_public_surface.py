@@ -60,6 +60,7 @@ FLAGS = {
         "--tokenizer-path", "--width", "-o", "-q", "--cache-text", "--keep-latents", "--vram", "--ram",
         "--num-persistent", "--attention", "--fp8-compute",
         "--vace-video", "--vace-video-mask", "--vace-reference-image", "--vace-scale", "--preview",
+        "--save-every", "--resume",
         # of Wan's own generate.py, and --init_video and --denoising_strength, spelled like them
         "--task", "--prompt", "--size", "--frame_num", "--ckpt_dir", "--save_file", "--base_seed",
         "--sample_solver", "--sample_steps", "--sample_shift", "--sample_guide_scale", "--image",
@@ -84,7 +85,7 @@ FLAGS = {
         "--sigma-shift", "--steps", "--switch-dit-boundary", "--tile-size", "--tile-stride", "--tiled",
         "--tokenizer-path", "--width", "-o", "-q", "--cache-text", "--keep-latents", "--vram", "--ram",
         "--num-persistent", "--attention", "--fp8-compute", "--vace-video", "--vace-video-mask",
-        "--vace-reference-image", "--vace-scale",
+        "--vace-reference-image", "--vace-scale", "--save-every",
     },
     "preprocess": {
         "source", "out", "--task", "--boxes", "--model", "--download", "--device", "--fps",

@@ -152,6 +152,10 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="pix_fmt", kind=str, panel=FILE, help="yuv420p shows everywhere; yuv444p keeps full colour."),
     Flag(name="keep_latents", kind=bool, panel=FILE, default=False, spellings=("--keep-latents",),
          help="Keep NAME.ID.latents.safetensors, from which `diffsynth decode` makes the video again."),
+    Flag(name="save_every", kind=int, panel=FILE,
+         help="Save after so many steps, from which `--resume` goes on; 0: never. Default: each minute."),
+    Flag(name="resume", kind=Path, panel=FILE,
+         help="NAME.ID.steps.safetensors: go on with a run that died, as it was; needs nothing else."),
     Flag(name="preview", kind=bool, panel=FILE, default=False, spellings=("--preview",),
          help="Half the width and height, few steps, 4 seeds (--num-videos-per-prompt) and one sheet of them "
               "all; `diffsynth refine` goes on from the best."),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from diffsynth.cli.flags import FLAGS, TORCH_NAMES
+from diffsynth.cli.generate_task import opened_video
 from diffsynth.cli.naming import Names, naming_of
 from diffsynth.cli.origins import inputs_told
 from diffsynth.cli.output import (
@@ -27,9 +28,16 @@ from diffsynth.cli.output import (
     write_video,
 )
 from diffsynth.cli.preview import NUM_SEEDS, line_for_refining, save_sheet, smaller
+from diffsynth.cli.resume import check_save_every, flags_for, forget_steps, resumed, steps_arguments
 from diffsynth.cli.text_on_cpu import text_on_cpu
-from diffsynth.errors import ArgumentError, CheckpointNotFoundError, DiffSynthError, MissingModelError
-from diffsynth.video import VideoData, load_image
+from diffsynth.errors import (
+    ArgumentError,
+    CheckpointNotFoundError,
+    DiffSynthError,
+    MissingModelError,
+    ResumeError,
+)
+from diffsynth.video import load_image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +78,9 @@ def run_generate(prompt: str | None, given: Mapping[str, object]) -> None:
         name: value.value if isinstance(value, Enum) else value for name, value in given.items()
     }
     with log_to_stderr(bool(values["quiet"])):
+        if values["resume"] is not None:
+            make(*resumed(prompt, values))
+            return
         if values["task"] == REFINE_TASK:
             from diffsynth.cli.refine import refined_by_task
 
@@ -111,7 +122,7 @@ def make(prompt: str, values: Mapping[str, Any]) -> None:
         if values["t5_cpu"]:
             arguments, texts = text_on_cpu(pipe, arguments)
             more.update(texts)
-        latents = _generate(pipe, arguments)
+        latents = _generate(pipe, {**arguments, **steps_arguments(prompt, values, output.names)})
         settings = _settings(pipe, output, loras, more)
         paths = _write(pipe, latents, output, settings, values, started)
         if output.names.sheet is not None:
@@ -133,6 +144,7 @@ def _write(
     tiles = {name: values[name] for name in TILE_FLAGS if values[name] is not None}
     # All of them before the first is decoded: what was computed is safe from here on.
     kept = [_keep(pipe, latents, output, i, values["device"], each) for i, each in enumerate(settings)]
+    forget_steps(values, output.names)
     paths = []
     for index, each in enumerate(settings):
         with latents_kept(*kept[index:]):
@@ -161,7 +173,8 @@ def _call_arguments(prompt: str, values: Mapping[str, Any]) -> dict[str, Any]:
     for name in VIDEO_FLAGS:
         source = arguments.get(name)
         if isinstance(source, Path):
-            arguments[name] = VideoData(image_folder=source) if source.is_dir() else VideoData(source)
+            is_still = name == "input_video" and is_picture(source)
+            arguments[name] = [load_image(source)] if is_still else opened_video(source)
     for name in PICTURE_FLAGS:
         if name in arguments:
             arguments[name] = load_image(arguments[name])
@@ -184,6 +197,7 @@ def _check(values: Mapping[str, Any], arguments: dict[str, Any], loras: Sequence
         OutputPathError: when a path cannot be written.
         ArgumentError: for several frames in a picture, or what the encoder or the file cannot take.
     """
+    check_save_every(values["save_every"])
     out = values["out"] or USUAL_OUT
     if values["preview"]:
         arguments.setdefault("num_videos_per_prompt", NUM_SEEDS)
@@ -199,6 +213,7 @@ def _check(values: Mapping[str, Any], arguments: dict[str, Any], loras: Sequence
             overwrite=values["overwrite"],
         ),
         num_videos=max(1, int(arguments.get("num_videos_per_prompt", 1))),
+        resumed=None if values["resumed"] is None else values["resumed"].names,
         has_sheet=values["preview"],
         inputs=[*_read_files(values), *loras],
     )
@@ -341,6 +356,11 @@ def _generate(pipe: WanVideoPipeline, arguments: Mapping[str, Any]) -> Tensor:
 
     try:
         latents = pipe(**arguments, output_type="latent")
+    except ResumeError as error:
+        raise DiffSynthError(
+            f"{error.path} is of another run: {flags_for(error.differences)}. Give what that run had, or "
+            "begin anew without --resume."
+        ) from error
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

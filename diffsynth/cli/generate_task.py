@@ -139,6 +139,7 @@ def with_task(prompt: str, values: Mapping[str, Any]) -> dict[str, Any]:
         )
     return {
         **merged,
+        "resumed": None,
         "has_default_out": has_default_out,
         "overwrite": kept["overwrite"] or "save_file" in given,  # as generate.py does
         "read_files": [given[name] for name in ("src_video", "src_mask") if name in given],
@@ -350,15 +351,20 @@ def fit_source(num_frames: int, height: int, width: int, *, area: int, max_frame
     return Fit(height=16 * rows, width=16 * max(1, squares // rows), frames=frames)
 
 
+def opened_video(path: Path) -> VideoData:
+    """A video file, or a folder of pictures."""
+    return VideoData(image_folder=path) if path.is_dir() else VideoData(path)
+
+
 class Picked(Sequence["Frame"]):
     """Some frames of a video, each read when it is asked for."""
 
     def __init__(self, video: VideoData, frames: Sequence[int], source: Path) -> None:
-        self._video, self._frames = video, frames
+        self._video, self.frames = video, tuple(frames)
         self.source = source  # of the video
 
     def __len__(self) -> int:
-        return len(self._frames)
+        return len(self.frames)
 
     @overload
     def __getitem__(self, item: int) -> Frame: ...
@@ -366,8 +372,8 @@ class Picked(Sequence["Frame"]):
     def __getitem__(self, item: slice) -> list[Frame]: ...
     def __getitem__(self, item: int | slice) -> Frame | list[Frame]:
         if isinstance(item, slice):
-            return [self._video[frame] for frame in self._frames[item]]
-        return self._video[self._frames[item]]
+            return [self._video[frame] for frame in self.frames[item]]
+        return self._video[self.frames[item]]
 
 
 def _of_source(task: Task, given: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
@@ -379,8 +385,7 @@ def _of_source(task: Task, given: Mapping[str, Any], kept: Mapping[str, Any]) ->
         )
     size = parse_size(given["size"]) if "size" in given else (task.width, task.height)
     video, mask = (
-        None if path is None else VideoData(image_folder=path) if path.is_dir() else VideoData(path)
-        for path in (given["src_video"], given.get("src_mask"))
+        None if path is None else opened_video(path) for path in (given["src_video"], given.get("src_mask"))
     )
     assert video is not None
     length = len(video) if mask is None else min(len(video), len(mask))

@@ -19,7 +19,7 @@ from diffsynth.cli.output import is_picture
 from diffsynth.cli.preview import KEY
 from diffsynth.cli.task_flags import BESIDE_FLAGS, NOT_REFINED, REFINE_FLAGS, TASK_FLAGS
 from diffsynth.errors import ArgumentError, UnusedInputError
-from diffsynth.video import load_image, read_metadata
+from diffsynth.video import read_metadata
 
 STRENGTH = 0.5  # keeps shapes, colours and motion, and draws detail anew
 LARGER = 2  # each side, where neither --size nor the file says more
@@ -114,7 +114,7 @@ def refined(source: Path | None, prompt: str | None, values: Mapping[str, Any]) 
     for flag in FLAGS:
         if flag.name in calls and merged[flag.name] in (None, [], ()) and settings.get(flag.name) is not None:
             merged[flag.name] = _setting(source, settings, flag)
-    merged["input_video"] = [load_image(source)] if is_picture(source) else source
+    merged["input_video"] = source
     if merged["denoising_strength"] is None:
         merged["denoising_strength"] = STRENGTH
     merged.update(_size(source, settings, values))

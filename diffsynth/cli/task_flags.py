@@ -87,7 +87,7 @@ EXTEND_FLAGS = (
 )  # fmt: skip
 
 # of `generate`, but not of `refine`: read from the file, or decided by it
-NOT_REFINED = ("input_video", "max_area", "num_videos_per_prompt", "preview", "strict")
+NOT_REFINED = ("input_video", "max_area", "num_videos_per_prompt", "preview", "strict", "resume")
 
 _REFINE_HELP = {
     "model": "Folder or file, or a hub id with --download. Default: the one that the file names, where it "
@@ -99,6 +99,7 @@ BESIDE_FLAGS: dict[str, object] = {
     "offload": False,  # networks rest on the host
     "t5_cpu": False,
     "has_default_out": False,  # "out" is no name that the user gave
+    "resumed": None,  # the `SavedRun` that goes on
     "read_files": (),  # files that are read, beside those that the flags name
 }
 

@@ -21,6 +21,11 @@ def looks_like_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None and not text.endswith(SUFFIXES)
 
 
+def folder_of_id(model_id: str, local_dir: str | Path = "models") -> Path:
+    """Where a repository is downloaded to."""
+    return Path(local_dir) / model_id
+
+
 def download_models(
     model_id_list: Sequence[str],
     downloading_priority: Sequence[str] = SITES,
@@ -39,7 +44,8 @@ def download_models(
     """
     ids = [model_id_list] if isinstance(model_id_list, str) else list(model_id_list)
     return [
-        str(_download(model_id, None, Path(local_dir) / model_id, downloading_priority)) for model_id in ids
+        str(_download(model_id, None, folder_of_id(model_id, local_dir), downloading_priority))
+        for model_id in ids
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from diffsynth.pipelines.components import PipelineComponents
-from diffsynth.pipelines.noise import chosen_seed, noise_shape
+from diffsynth.pipelines.noise import DRAWN, chosen_seed, noise_shape
 from diffsynth.pipelines.request import VideoRequest
 from diffsynth.pipelines.run_facts import run_facts
 from diffsynth.pipelines.saved_steps import StepKeeper, read_steps
 from diffsynth.sampling.sampler import Sampler
+
+logger = logging.getLogger("diffsynth")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,14 +68,17 @@ def plot_course(
         seed = chosen_seed(request)
     else:
         saved = read_steps(options.resume_from)
-        saved.check(facts, options.seed)
+        saved.check(facts, None if options.seed == DRAWN else options.seed)
         saved.check_latents(
             noise_shape(request, request.extra_frames), parts.dtype if precision == "v1" else torch.float32
         )
         memory = {name: tensor.to(parts.device) for name, tensor in saved.memory.items()}
         sampler.restore(saved.next_step, memory)
         seed, first_step, latents = saved.seed, saved.next_step, saved.latents.to(parts.device)
+        logger.info("%s: %d of %d steps are done, seed %s.", saved.path, first_step, saved.num_steps, seed)
     keeper = None
     if options.save_steps is not None:
         keeper = StepKeeper(options.save_steps, options.save_every, facts, seed, parts.loras)
+        if options.resume_from is not None and keeper.is_file(options.resume_from):
+            keeper.kept = first_step
     return Course(seed=seed, first_step=first_step, latents=latents, keeper=keeper)

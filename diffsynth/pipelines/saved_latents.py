@@ -27,7 +27,7 @@ from diffsynth.checkpoints.saving import save_tensors
 from diffsynth.errors import ArgumentError, NotFiniteError, OutputPathError
 from diffsynth.tiny import tiny_folder
 from diffsynth.video.claims import NAME_BYTES, fitting
-from diffsynth.video.paths import check_not_read, check_output_path, remove_leftovers
+from diffsynth.video.paths import check_not_read, check_output_path, remove_leftovers, user_cache
 from diffsynth.video.settings import is_utf8, pack
 
 if TYPE_CHECKING:
@@ -230,8 +230,7 @@ def _absolute(path: Path) -> Path:
 
 def _fallback_folders() -> Iterator[Path]:
     with suppress(RuntimeError):  # a user without a home
-        cache = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        yield Path(cache).expanduser() / "diffsynth" / "latents"
+        yield user_cache() / "latents"
     with suppress(OSError):
         yield Path(tempfile.mkdtemp(prefix="diffsynth-"))  # 0700, and a name that nobody can know before
 

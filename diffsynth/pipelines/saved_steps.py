@@ -123,7 +123,7 @@ class StepKeeper:
         self._path = Path(os.path.realpath(os.path.expanduser(os.fspath(path))))
         self._every, self._facts, self._seed, self._loras = every, facts, seed, loras
         self._due_at = time.monotonic() + PAUSE_S
-        self._kept: int | None = None  # steps that the file holds
+        self.kept: int | None = None  # steps that the file holds; None: there is none of this run
         self._has_failed = False
 
     def after_step(self, next_step: int, latents: Tensor, sampler: Sampler, *, is_last: bool = False) -> None:
@@ -141,14 +141,18 @@ class StepKeeper:
         started = time.monotonic()
         try:
             self._write(next_step, latents, sampler)
-            self._kept, self._has_failed = next_step, False
+            self.kept, self._has_failed = next_step, False
         except OSError as error:
             if not self._has_failed:
-                had = "No step is saved so far." if self._kept is None else f"{self._kept} steps are saved."
+                had = "No step is saved so far." if self.kept is None else f"{self.kept} steps are saved."
                 logger.warning("Step %d is not saved, the run goes on. %s %s", next_step, had, error)
             self._has_failed = True
         ended = time.monotonic()
         self._due_at = ended + max(PAUSE_S, (ended - started) / WRITING_SHARE)
+
+    def is_file(self, path: str | os.PathLike[str]) -> bool:
+        """Whether a path is that of the file."""
+        return self._path == Path(os.path.realpath(os.path.expanduser(os.fspath(path))))
 
     @contextmanager
     def telling(self) -> Iterator[None]:
@@ -156,9 +160,9 @@ class StepKeeper:
         try:
             yield
         except BaseException:  # Ctrl-C as well
-            if self._kept is not None:
+            if self.kept is not None:
                 advice = self._target.advice or f"the same call with resume_from={str(self._path)!r}"
-                logger.warning("%d steps are kept in %s; to go on: %s", self._kept, self._path, advice)
+                logger.warning("%d steps are kept in %s; to go on: %s", self.kept, self._path, advice)
             raise
 
     def _write(self, next_step: int, latents: Tensor, sampler: Sampler) -> None:

@@ -28,6 +28,16 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _NO_ROOM = {errno.ENOSPC, errno.EFBIG} | ({errno.EDQUOT} if hasattr(errno, "EDQUOT") else set())
 
 
+def user_cache() -> Path:
+    """The folder of this user for what may be lost.
+
+    Raises:
+        RuntimeError: for a user without a home.
+    """
+    cache = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "diffsynth"
+
+
 def check_output_path(
     path: str | os.PathLike[str],
     *,

@@ -148,6 +148,7 @@ def test_every_flag_of_a_call_reaches_the_pipeline(
             assert [isinstance(one, Image.Image) for one in seen[name]] == [True] * len(file), name
         else:
             assert isinstance(seen[name], VideoData if file is video else Image.Image), name
+    assert str(seen.pop("save_steps").path).endswith(".steps.safetensors") and seen.pop("save_every") is None
     assert {**seen, **opened} == {"prompt": "a red circle", "output_type": "latent", **values}
 
 

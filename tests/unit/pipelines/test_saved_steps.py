@@ -105,6 +105,7 @@ def test_a_drawn_seed_is_that_of_the_run(toy_pipe: WanVideoPipeline, file: Path)
     seed = toy_pipe.last_settings["seed"]
     made = latents(toy_pipe, seed=None, resume_from=file)
     assert toy_pipe.last_settings["seed"] == seed and torch.equal(made, latents(toy_pipe, seed=seed))
+    assert torch.equal(latents(toy_pipe, seed=-1, resume_from=file), made), "-1 asks for any"
     noise = torch.randn(1, 16, 2, 2, 4)
     dies(toy_pipe, file, 2, seed=None, latents=noise)
     made = latents(toy_pipe, seed=None, latents=noise, resume_from=file)
