@@ -7,6 +7,7 @@ weights are widened, parts that another layout keeps apart are joined).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from math import prod
@@ -24,6 +25,8 @@ from diffsynth.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+WRAPPER = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
 
 class Checkpoint:
@@ -201,6 +204,21 @@ class Checkpoint:
         return self._view(
             {name[cut:]: entry for name, entry in self._entries.items() if name.startswith(prefix)}
         )
+
+    def unwrapped(self) -> Checkpoint:
+        """Return a view without the names of wrappers inside of names: of FSDP, torch.compile, recomputation.
+
+        Raises:
+            CheckpointError: when two names are the same without them.
+        """
+        plain = {name: WRAPPER.sub("", name) for name in self._entries}
+        if all(name == told for name, told in plain.items()):
+            return self
+        if len(set(plain.values())) < len(plain):
+            raise CheckpointError(
+                f"{self.source} holds a tensor twice: with and without the name of a wrapper."
+            )
+        return self._view({plain[name]: entry for name, entry in self._entries.items()})
 
     def merged(self, other: Checkpoint) -> Checkpoint:
         """Return a view of the tensors of both, files of one model that were given apart.

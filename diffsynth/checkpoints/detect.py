@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from diffsynth.checkpoints.architecture import Architecture, Match
 from diffsynth.checkpoints.checkpoint import Checkpoint
@@ -14,7 +15,7 @@ from diffsynth.errors import ConfigurationError, LoRAFileError, UnknownCheckpoin
 # What trainers and ComfyUI put in front of names; any of them, in any order.
 PREFIX = re.compile(
     r"(?:(?:model\.diffusion_model|diffusion_model|transformer|model|module|net|pipe\.dit|dit|pipe\.vae|vae"
-    r"|first_stage_model|text_encoders\.umt5xxl(?:\.transformer)?|state_dict|model_state|_orig_mod"
+    r"|first_stage_model|text_encoders(?:\.umt5xxl(?:\.transformer)?)?|generator(?:_ema)?|ema|state_dict|model_state|_orig_mod"
     r"|_fsdp_wrapped_module)\.)+"
 )
 IGNORED = re.compile(r"model_type\..+")  # a marker without information in some ComfyUI files
@@ -43,10 +44,20 @@ def detect(checkpoint: Checkpoint, rows: Sequence[Architecture]) -> list[Match]:
     except ConfigurationError as error:
         raise ConfigurationError(f"{checkpoint.source}: {error}") from None
     if matches:
-        return matches
+        return [_with_tokenizer(match, groups) for match in matches]
     if any(LORA.fullmatch(name) for name in checkpoint.shapes):
         raise LoRAFileError(checkpoint.source, len(checkpoint))
     raise _unknown(checkpoint, [_to_official(group)[0] for _, group in groups], rows)
+
+
+def _with_tokenizer(match: Match, groups: Sequence[tuple[str, Checkpoint]]) -> Match:
+    """A text encoder with its file's vocabulary, which ComfyUI's all-in-one files keep beside it."""
+    if match.name != "wan_video_text_encoder" or match.attachments is not None:
+        return match
+    for _, group in groups:
+        if names := [name for name in ATTACHMENTS if name in group]:
+            return replace(match, attachments=group.select(names))
+    return match
 
 
 def _by_prefix(checkpoint: Checkpoint) -> list[tuple[str, Checkpoint]]:
@@ -56,11 +67,11 @@ def _by_prefix(checkpoint: Checkpoint) -> list[tuple[str, Checkpoint]]:
         prefixes.setdefault(found.group() if found else "", None)
     if len(prefixes) == 1:
         (prefix,) = prefixes
-        return [(prefix, checkpoint.without_prefix(prefix) if prefix else checkpoint)]
+        return [(prefix, (checkpoint.without_prefix(prefix) if prefix else checkpoint).unwrapped())]
     groups = []
     for prefix in prefixes:
         names = [n for n in checkpoint.shapes if (m.group() if (m := PREFIX.match(n)) else "") == prefix]
-        groups.append((prefix, checkpoint.select(names).without_prefix(prefix)))
+        groups.append((prefix, checkpoint.select(names).without_prefix(prefix).unwrapped()))
     return groups
 
 

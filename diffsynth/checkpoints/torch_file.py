@@ -9,9 +9,10 @@ it is looked up.
 from __future__ import annotations
 
 import io
+import logging
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import IO
@@ -19,8 +20,15 @@ from typing import IO
 from diffsynth.checkpoints.mapped import DTYPES, SPELLING, FileHeader, StoredTensor
 from diffsynth.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
 
+logger = logging.getLogger("diffsynth")
+
 MAX_PICKLE_BYTES = 256 << 20  # the pickle of a 14B model has 0.3 MB
-WRAPPERS = ("state_dict", "module", "model_state", "model")  # keys under which trainers keep the weights
+# Keys under which trainers keep the weights, the better first: Self-Forcing and CausVid have an averaged
+# generator beside the raw one, and a critic.
+WRAPPERS = (
+    "state_dict", "module", "model_state", "model", "generator_ema", "generator", "model_ema", "ema", "dit",
+    "transformer",
+)  # fmt: skip
 STORAGES = {
     "DoubleStorage": "F64",
     "FloatStorage": "F32",
@@ -248,17 +256,41 @@ def _state_dict(path: Path, content: object) -> dict[str, StoredTensor]:
     for _ in range(4):  # {"module": {"state_dict": {...}}} has been seen; deeper has not
         if not isinstance(content, dict):
             break
-        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
-        if inner is not None:
-            content = inner
+        named = [key for key in WRAPPERS if _holds_tensors(content.get(key))]
+        if named:
+            _tell_choice(path, named)
+            content = content[named[0]]
             continue
         tensors = {name: value.stored for name, value in content.items() if isinstance(value, _Tensor)}
         if not all(isinstance(name, str) for name in tensors):
             raise CorruptCheckpointError(f"{path} names its tensors with something else than texts.")
         if tensors:
             return tensors
-        break
+        inside = [key for key, value in content.items() if _holds_tensors(value)]
+        if len(inside) != 1:
+            found = f", and several others: {', '.join(map(str, inside[:5]))}" if inside else ""
+            raise CorruptCheckpointError(
+                f"{path} holds no dict of tensors, not even under {', '.join(WRAPPERS)}{found}. Save the "
+                "weights alone: torch.save(model.state_dict(), FILE)."
+            )
+        content = content[inside[0]]  # under a name that nobody else uses
     raise CorruptCheckpointError(
         f"{path} holds no dict of tensors, not even under {', '.join(WRAPPERS)}. Save the weights alone: "
         "torch.save(model.state_dict(), FILE)."
     )
+
+
+def _holds_tensors(value: object, depth: int = 4) -> bool:
+    """Whether a dict has tensors, itself or under one of the usual keys; a dict may hold itself."""
+    if not isinstance(value, dict) or not depth:
+        return False
+    if any(isinstance(one, _Tensor) for one in value.values()):
+        return True
+    return any(_holds_tensors(value.get(key), depth - 1) for key in WRAPPERS)
+
+
+def _tell_choice(path: Path, named: Sequence[str]) -> None:
+    if named[0] in ("generator_ema", "generator") and named[1:]:
+        logger.info(
+            "%s: the weights under %r are read, not those under %s.", path, named[0], ", ".join(named[1:])
+        )

@@ -65,6 +65,8 @@ def convert(
     with plain_errors():
         from diffsynth.lora.dialects import to_low_rank, write_loras
 
+        if svd is not None and svd < 1:
+            raise ArgumentError(f"--svd is {svd}; give a rank of 1 or more (32 is usual).")
         with _written(out, [path], overwrite=overwrite) as write:
             loras = _open(path, network)
             _refuse_unread(loras)
@@ -91,10 +93,13 @@ def merge(
     """Write a checkpoint with LoRAs fused into it. Weights kept in fp8 are written as bfloat16."""
     with plain_errors():
         from diffsynth.lora.merging import merge as merge_into
+        from diffsynth.models.lora_experts import number
 
         weights = weight or [1.0] * len(lora)
         if len(weights) != len(lora):
             raise ArgumentError(f"--weight was given {len(weights)} times for {len(lora)} LoRAs.")
+        for one_weight in weights:
+            number(one_weight, "--weight")
         missing: dict[str, tuple[str, ...]] = {}
         with _written(out, [*base, *lora], overwrite=overwrite) as write:
             pairs = [(one, w) for path, w in zip(lora, weights, strict=True) for one in _open(path, network)]
@@ -150,9 +155,12 @@ def _open(path: Path, network: str | None) -> list[LoRA]:
     if network not in (None, "high", "low"):
         raise ArgumentError(f"--network is {network!r}; give high or low.")
     loras = open_loras(path)
-    if network is None or len(loras) == 1:
-        return loras
-    return [lora for lora in loras if lora.role == network]
+    chosen = [lora for lora in loras if network in (None, lora.role)]
+    if not chosen:
+        role = loras[0].role
+        what = "no word of an expert in its name or keys" if role is None else f"for {role} noise"
+        raise ArgumentError(f"--network {network}: {path} is one LoRA, {what}; leave --network out.")
+    return chosen
 
 
 def _refuse_unread(loras: Sequence[LoRA]) -> None:

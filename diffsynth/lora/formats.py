@@ -23,6 +23,7 @@ from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.hints import Role, role_of
 from diffsynth.errors import LoRAError
 from diffsynth.lora.changes import Change, Decomposed, Difference, Hadamard, Kronecker, LowRank, Sum
+from diffsynth.lora.foreign import foreign_family
 from diffsynth.lora.names import FLAT, TEXT_ENCODER, FlatNames, is_diffusers, official_name, split_prefix
 
 PART = re.compile(
@@ -94,6 +95,11 @@ def read_loras(checkpoint: Checkpoint, layers: Iterable[str] = ()) -> list[LoRA]
     Raises:
         LoRAError: when a layer stands there twice, lacks a factor, or is of a form that is not read.
     """
+    if (family := foreign_family(checkpoint.shapes)) is not None:
+        raise LoRAError(
+            f"{checkpoint.source} is a LoRA for {family}, not for a Wan model (its keys are "
+            f"{next(iter(checkpoint.shapes))} ...). Load one that was trained for the loaded model."
+        )
     names = FlatNames(layers)
     found: dict[Role | None, dict[str, _Parts]] = {}
     unread: dict[Role | None, dict[str, list[str]]] = {}
@@ -173,10 +179,10 @@ def _dialect(prefix: str, layer: str, spelling: str) -> str:
     for start, name in (("lora_unet__", "videox-fun"), ("lora_unet_", "kohya")):
         if layer.startswith(start):
             return name
-    if prefix.endswith(("transformer.", "transformer_2.")):
-        return "diffusers"
     if "diffusion_model." in prefix:
         return "comfy"
+    if prefix.endswith(("transformer.", "transformer_2.")):
+        return "diffusers"
     if spelling in ("lora_A", "lora_B", "lora_alpha"):
         return "fastvideo"
     if prefix.startswith("pipe."):

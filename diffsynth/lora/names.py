@@ -16,8 +16,10 @@ from diffsynth.checkpoints.layouts import DIFFUSERS_DIT
 
 PREFIX = re.compile(
     r"(?:(?:state_dict|module|_orig_mod|base_model\.model|model\.diffusion_model|diffusion_model|model|dit"
-    r"|pipe\.(?:dit|vace|motion_controller|animate_adapter)2?|transformer(?:_2)?)\.)+"
+    r"|pipe\.(?:dit|vace|motion_controller|animate_adapter)2?|transformer(?:_[12])?)\.)+"
 )
+# ai-toolkit's file of both stages: diffusion_model.transformer_1. is for high noise, .transformer_2. for low
+HIGH_EXPERT = re.compile(r"(?:.*\.)?transformer_1\.")
 LOW_EXPERT = re.compile(r"(?:.*\.)?(?:pipe\.(?:dit|vace)2|transformer_2)\.")
 FLAT = re.compile(r"lora_unet__?(?P<flat>[^.]+)")
 TEXT_ENCODER = re.compile(r"(?:lora_te\d?_|text_encoders?\.|text_encoder_2\.).*")
@@ -39,10 +41,11 @@ _LARGEST_INDEX = 200  # of a block: files that name a higher one are no LoRAs of
 
 
 def split_prefix(key: str) -> tuple[str, str, Role | None]:
-    """Cut what names the network off a key; the role is "low" where it names the second of two experts."""
+    """Cut what names the network off a key; the role is that of the expert that it names, if it does."""
     found = PREFIX.match(key)
     prefix = found.group() if found else ""
-    return prefix, key[len(prefix) :], "low" if LOW_EXPERT.fullmatch(prefix) else None
+    role: Role | None = "low" if LOW_EXPERT.fullmatch(prefix) else None
+    return prefix, key[len(prefix) :], "high" if HIGH_EXPERT.fullmatch(prefix) else role
 
 
 def official_name(layer: str) -> str:

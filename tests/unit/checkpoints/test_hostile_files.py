@@ -291,14 +291,39 @@ def test_a_file_of_an_old_torch_says_how_to_mend_it(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path / "old.pth")
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "module", "model_state", "model"])
+@pytest.mark.parametrize(
+    "wrapper",
+    ["state_dict", "module", "model_state", "model", "generator", "generator_ema", "a_name_of_ones_own"],
+)
 def test_a_wrapped_dict_is_unwrapped(wrapper: str, tmp_path: Path) -> None:
     weights = OrderedDict(w=torch.randn(2, 3), p=torch.nn.Parameter(torch.randn(2)))
-    content = {wrapper: weights, "epoch": 3, "step": torch.tensor(7), "name": "run", "lr": [1e-4, None, True]}
+    content = {wrapper: weights, "epoch": 3, "name": "run", "lr": [1e-4, None, True]}
+    content |= {} if wrapper == "a_name_of_ones_own" else {"step": torch.tensor(7)}
     torch.save({"module": {"state_dict": content}} if wrapper == "model" else content, tmp_path / "a.ckpt")
     checkpoint = Checkpoint.open(tmp_path / "a.ckpt")
     assert list(checkpoint.shapes) == ["w", "p"]
     assert torch.equal(checkpoint.tensor("p"), weights["p"].detach())
+
+
+def test_the_averaged_generator_is_read_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="diffsynth")
+    content = {name: {"w": torch.full((2,), float(i))} for i, name in enumerate(("critic", "generator"))}
+    torch.save({**content, "generator_ema": {"w": torch.full((2,), 7.0)}}, tmp_path / "a.pt")
+    assert Checkpoint.open(tmp_path / "a.pt").tensor("w").tolist() == [7.0, 7.0]
+    assert "the weights under 'generator_ema' are read, not those under generator" in caplog.text
+    torch.save({"critic": content["critic"], "other": content["generator"]}, tmp_path / "b.pt")
+    with pytest.raises(CorruptCheckpointError, match="several others: critic, other"):
+        Checkpoint.open(tmp_path / "b.pt")
+
+
+def test_a_dict_that_holds_itself_ends(tmp_path: Path) -> None:
+    content: dict[str, object] = {}
+    content["state_dict"] = content
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(CorruptCheckpointError, match="holds no dict of tensors"):
+        Checkpoint.open(tmp_path / "a.pt")
 
 
 def test_state_dict_attributes_do_no_harm(tmp_path: Path) -> None:
