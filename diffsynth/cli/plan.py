@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,7 +14,14 @@ from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.detect import detect
 from diffsynth.checkpoints.files import group_files
 from diffsynth.cli.flags import TORCH_NAMES
-from diffsynth.errors import AmbiguousModelError, CheckpointError, MemoryBudgetError, MissingModelError
+from diffsynth.cli.output import log_to_stderr
+from diffsynth.errors import (
+    AmbiguousModelError,
+    ArgumentError,
+    CheckpointError,
+    MemoryBudgetError,
+    MissingModelError,
+)
 from diffsynth.models.registry import ARCHITECTURES, NOT_PLANNED
 from diffsynth.pipelines.usual import usual_values_of
 from diffsynth.vram_management.plan import (
@@ -24,8 +33,12 @@ from diffsynth.vram_management.plan import (
     plan_memory,
 )
 
+logger = logging.getLogger("diffsynth")
+
 GIB = 2**30
-USUAL = -1  # a size that the model says
+MAX_TOKENS = 1024  # along time, height or width: the length of Wan's own table of positions
+FRAMES_OF_A_LATENT = 4
+USUAL = -(10**18)  # a size that the model says: no number that anybody gives
 STRIDE_22 = 16  # pixels along an edge of a latent position, of the Wan2.2 VAE
 STORED = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp8": "F8_E4M3"}
 NETWORKS = {  # architecture -> name in a pipeline; DiTs are told apart by their role
@@ -95,7 +108,15 @@ class Parts:
             int(str(usual[name])) if getattr(request, name) == USUAL else getattr(request, name)
             for name in ("height", "width", "num_frames")
         )
-        return replace(request, height=height, width=width, num_frames=num_frames)
+        multiple = stride * 2  # a token is 2 x 2 latent positions
+        if dit is not None and isinstance(patch := dit.require_config().get("patch_size"), (tuple, list)):
+            multiple = stride * int(patch[1])
+        return replace(
+            request,
+            height=_snapped("--height", height, multiple),
+            width=_snapped("--width", width, multiple),
+            num_frames=_snapped("--num-frames", num_frames, FRAMES_OF_A_LATENT, rest=1),
+        )
 
     def plan(self, request: PlanRequest) -> MemoryPlan:
         """Plan a generation.
@@ -115,6 +136,32 @@ class Parts:
             num_persistent_param_in_dit=request.num_persistent, vram_limit_gib=request.vram_gib,
             ram_limit_gib=request.ram_gib, rates=request.rates,
         )  # fmt: skip
+
+
+def _snapped(flag: str, value: int, multiple: int, *, rest: int = 0) -> int:
+    """The size that a generation of this size has: the next multiple, or the nearest number of frames.
+
+    Raises:
+        ArgumentError: for a size that no Wan model makes.
+    """
+    most = multiple * (MAX_TOKENS - rest) + rest
+    if not 1 <= value <= most:
+        told = "4 k + 1, such as 81" if rest else f"pixels, a multiple of {multiple}"
+        raise ArgumentError(f"{flag} is {value}; give 1 to {most}: {told}.")
+    if value % multiple == rest:
+        return value
+    made = (value + 2) // multiple * multiple + 1 if rest else -(-value // multiple) * multiple
+    logger.warning("%s %d is planned as %d, as `diffsynth generate` makes it.", flag, value, made)
+    return made
+
+
+def _check_limits(request: PlanRequest) -> None:
+    """NaN and nonsense, in the words of the command; None is no limit."""
+    for flag, value in (("--vram", request.vram_gib), ("--ram", request.ram_gib)):
+        if value is not None and not 0 < value < math.inf:
+            raise ArgumentError(f"{flag} is {value}; give GiB above 0, such as 12.")
+    if request.num_persistent is not None and request.num_persistent < 0:
+        raise ArgumentError(f"--num-persistent is {request.num_persistent}; give 0 (streams all) or more.")
 
 
 def find_parts(paths: Sequence[str]) -> Parts:
@@ -289,10 +336,12 @@ def run_plan(paths: list[str], request: PlanRequest, as_json: bool) -> None:
         ArgumentError: for values that cannot work.
         SystemExit: with status 1 when it does not fit.
     """
+    _check_limits(request)
     parts = find_parts(paths)
-    request = parts.filled(request)
     try:
-        plan = parts.plan(request)
+        with log_to_stderr(is_quiet=True):
+            request = parts.filled(request)
+            plan = parts.plan(request)
     except MemoryBudgetError as error:
         fits = alternatives(parts, request)
         if as_json:

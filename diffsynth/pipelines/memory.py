@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -54,7 +55,8 @@ class MemoryLimits:
         for name, value in (("vram_limit", self.vram_limit), ("ram_limit", self.ram_limit)):
             if value == "auto" and name == "vram_limit":
                 continue
-            if value is not None and (not isinstance(value, (int, float)) or value <= 0):
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not None and not (is_number and 0 < value < math.inf):  # type: ignore[operator]
                 raise ArgumentError(f"{name} is {value!r}; give GiB above 0, such as 12, or None.")
         self._check_buffer()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -19,7 +20,7 @@ class Rates:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise ArgumentError(f"{field.name} is {value}; give a number above 0.")
 
 

@@ -136,3 +136,22 @@ def test_help_costs_no_torch() -> None:
 @pytest.mark.parametrize("command", ["inspect", "convert", "merge", "extract"])
 def test_usage_errors_end_with_2(command: str, shell: Shell) -> None:
     assert shell("lora", command, "--nonsense").status == 2
+
+
+def test_what_a_lora_command_does_not_read_is_refused(shell: Shell, tmp_path: Path) -> None:
+    lora = comfy_file(tmp_path / "style.safetensors", {"blocks.0.self_attn.q": (48, 48)})
+    high = comfy_file(tmp_path / "style_high_noise.safetensors", {"blocks.0.self_attn.q": (48, 48)})
+    out = tmp_path / "out.safetensors"
+    for given, words in (
+        (
+            (lora, "--network", "high"),
+            "style.safetensors is one LoRA, no word of an expert in its name or keys",
+        ),
+        ((high, "--network", "low"), "style_high_noise.safetensors is one LoRA, for high noise"),
+        ((lora, "--svd", 0), "--svd is 0; give a rank of 1 or more"),
+    ):
+        ran = shell("lora", "convert", *given, "--out", out)
+        assert ran.status == 1 and words in ran.err and not out.exists()
+    ran = shell("lora", "merge", lora, "--lora", lora, "--weight", "nan", "--out", out)
+    assert ran.status == 1 and "--weight is nan" in ran.err
+    assert shell("lora", "convert", high, "--network", "high", "--out", out).status == 0

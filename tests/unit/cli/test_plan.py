@@ -96,18 +96,35 @@ def test_what_is_no_part_of_a_pipeline_is_named_and_passed_over(shell: Shell, fo
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--num-persistent", 10**12], "has 14288491584 parameters"),
         (["--tflops", 0], "tflops is 0"),
-        (["--num-frames", 0], "num_frames is 0"),
+        (["--num-frames", 0], "--num-frames is 0; give 1 to 4093: 4 k + 1"),
+        (["--height", -1], "--height is -1; give 1 to 16384: pixels, a multiple of 16"),
+        (["--width", 0], "--width is 0"),
+        (["--width", 10**9], "--width is 1000000000"),
+        (["--num-frames", -5], "--num-frames is -5"),
+        (["--vram", "nan"], "--vram is nan; give GiB above 0"),
+        (["--vram", -1], "--vram is -1"),
+        (["--ram", "inf"], "--ram is inf"),
+        (["--num-persistent", -1], "--num-persistent is -1"),
+        (["--copy-gbs", "nan"], "copy_gbs is nan"),
+        (["--ring-gbs", "inf"], "ring_gbs is inf"),
         (["--vram", 12, "--ram", 1], "ram_limit is 1 GiB"),
     ],
-    ids=["persistent", "rate", "frames", "ram"],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_values_that_cannot_work_end_with_one_message(
     shell: Shell, folder: Path, arguments: list[object], words: str
 ) -> None:
     ran = shell("plan", folder, *arguments)
     assert ran.status == 1 and words in ran.err and "Traceback" not in ran.err
+
+
+def test_a_plan_is_of_the_size_that_a_generation_makes(shell: Shell, folder: Path) -> None:
+    ran = shell("plan", folder, "--height", 470, "--width", 832, "--num-frames", 80)
+    assert ran.status == 0 and "Plan for 480 x 832, 81 frames" in ran.out
+    assert (
+        "warning: --height 470 is planned as 480" in ran.err and "--num-frames 80 is planned as 81" in ran.err
+    )
 
 
 def test_two_networks_of_one_kind_are_refused_by_name(shell: Shell, folder: Path) -> None:
