@@ -88,7 +88,7 @@ FLAGS = {
         "--vace-reference-image", "--vace-scale", "--save-every",
     },
     "preprocess": {
-        "source", "out", "--task", "--boxes", "--model", "--download", "--device", "--fps",
+        "source", "out", "--task", "--boxes", "--model", "--download", "--device", "--fps", "--thresholds",
         "--overwrite",
     },
     "decode": {
