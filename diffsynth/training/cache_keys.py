@@ -75,9 +75,9 @@ class Maker:
     def of(cls, parts: PipelineComponents, config: CacheConfig) -> Maker:
         """The one that has encoders loaded: nothing is left open."""
         encoders = {
-            "vae": identity(parts.vae),
-            "text_encoder": identity(parts.text_encoder),
-            "image_encoder": identity(parts.image_encoder) if parts.has_image_branch else "",
+            "vae": encoder_identity(parts.vae),
+            "text_encoder": encoder_identity(parts.text_encoder),
+            "image_encoder": encoder_identity(parts.image_encoder) if parts.has_image_branch else "",
         }
         return cls(
             facts={**encoders, **facts_of_settings(parts, config)}, tokenizer=parts.tokenizer,
@@ -193,7 +193,7 @@ def _read_conditions(told: str) -> object:
     return {k: v for k, v in found.items() if k != "holds_first_frame"} if isinstance(found, dict) else told
 
 
-def identity(network: object | None, read: Callable[[str], Tensor] | None = None) -> str:
+def encoder_identity(network: object | None, read: Callable[[str], Tensor] | None = None) -> str:
     """Who encoded: a hash of names, shapes, dtypes and sampled bytes of the weights; "" for nobody.
 
     Args:

@@ -88,6 +88,11 @@ class CachedDataset(Dataset[EncodedSample]):
         """Of its file, for people."""
         return self.clips[index].header.path.name
 
+    def media(self, index: int) -> str:
+        """Name of the file that it was made of."""
+        header = self.clips[index].header
+        return header.meta.get("media") or header.path.name.removesuffix(V1_SUFFIX)
+
     def repeats(self, index: int) -> int:
         """How often an epoch shows the sample."""
         return self.clips[index].repeats

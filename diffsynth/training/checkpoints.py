@@ -130,15 +130,19 @@ def write_state(path: Path, state: State) -> None:
         os.fsync(file.fileno())
 
 
-def read_state(path: Path) -> State:
+def read_state(path: Path, *, mapped: bool = False) -> State:
     """Read what `write_state` wrote; nothing in the file is run.
+
+    Args:
+        path: of the file.
+        mapped: tensors are read when they are looked at.
 
     Raises:
         CorruptCheckpointError: for a file that is damaged.
         CheckpointError: for one that is no state of a run, such as a file of DiffSynth v1.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged archive or pickle fails in many ways; none of them runs anything
         raise CorruptCheckpointError(
             f"{path} cannot be read ({str(error).splitlines()[0][:200]}); go on from an earlier checkpoint "
@@ -167,20 +171,20 @@ def export_path(checkpoint: Path, role: str = "") -> Path:
     return checkpoint.with_name(f"{checkpoint.stem}{suffix}.safetensors")
 
 
-def require_same_run(path: Path, state: State, facts: Mapping[str, str]) -> None:
-    """Refuse to go on with another model or method; tell what else has changed.
+def require_same_run(path: Path, state: State, facts: Mapping[str, str], *, quiet: bool = False) -> None:
+    """Refuse to go on with another model or method, as far as they are known; tell what else has changed.
 
     Raises:
         ArgumentError: names what differs.
     """
     for name in MUST_AGREE:
-        if state.facts.get(name) != facts[name]:
+        if name in facts and state.facts.get(name) != facts[name]:
             was, now = (f"{one.get(name)}{_files(one, name)}" for one in (state.facts, facts))
             raise ArgumentError(
                 f"{path} was trained with {name} {was}, and this run has {now}. Go on with the same, or take "
                 "the weights alone with run.start_from."
             )
-    for name in sorted(set(facts) - set(MUST_AGREE)):
+    for name in () if quiet else sorted(set(facts) - set(MUST_AGREE)):
         if state.facts.get(name) != facts[name]:
             logger.warning(
                 "%s: %s was %s and is %s now; from here on the run is another than it would have been.",

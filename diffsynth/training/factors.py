@@ -9,7 +9,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from diffsynth.errors import ArgumentError
 from diffsynth.lora.attach import AnyLinear, Init, drawn, linear_layers, target_layers
 from diffsynth.lora.changes import Change, Decomposed, Kronecker, LowRank
 from diffsynth.ops.fp8 import Fp8Linear
@@ -44,7 +43,7 @@ def fresh_factors(networks: Sequence[nn.Module], choice: FactorChoice) -> list[d
     """Draw factors for the target layers of each network: changes by the name of the weight.
 
     Raises:
-        ArgumentError: for a target that no Linear layer of any network has, or weights that are not there.
+        ArgumentError: for a target that no Linear layer of any network has.
     """
     layers = [linear_layers(network) for network in networks]
     wanted = target_layers({n: layer for some in layers for n, layer in some.items()}, choice.targets)
@@ -91,14 +90,11 @@ def factorised(size: int, factor: int | None) -> tuple[int, int]:
 def row_lengths(layer: AnyLinear) -> Tensor:
     """The length of each row of a layer's weight, (N,) float32: where a DoRA's magnitude begins.
 
-    Raises:
-        ArgumentError: when the weight has no numbers yet.
+    Of an outline, whose weights are no numbers, the lengths are 1.
     """
     with torch.no_grad():
         weight = layer.widened(torch.float32) if isinstance(layer, Fp8Linear) else layer.weight
         if weight.is_meta:
-            raise ArgumentError(
-                "A DoRA begins with the lengths of the weights' rows: load the weights first."
-            )
+            return torch.ones(weight.shape[0])
         lengths: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
         return lengths

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from diffsynth.checkpoints.build import load_class
 from diffsynth.checkpoints.checkpoint import Checkpoint
@@ -32,8 +33,9 @@ from diffsynth.models.wan.dit_config import VAE22_CHANNELS
 from diffsynth.pipelines.components import ENCODERS, PipelineComponents, collect
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.training.cache_facts import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, TI2V_5B, DiTFacts, assuming
-from diffsynth.training.cache_keys import Maker, facts_of_settings, identity, told_encoders
+from diffsynth.training.cache_keys import Maker, encoder_identity, facts_of_settings, told_encoders
 from diffsynth.training.cached_dataset import CachedDataset
+from diffsynth.training.checkpoints import State
 from diffsynth.training.config import ExpertsConfig, ModelSources, TrainConfig
 from diffsynth.training.dataset.clips import DatasetPlan
 from diffsynth.training.dataset.planning import plan_dataset
@@ -61,7 +63,7 @@ class Loaded:
     parts: PipelineComponents
     learners: list[Learner]
     facts: DiTFacts
-    identity: str  # hash of names, shapes and sampled bytes of every network
+    identity: str  # hash of names, shapes and sampled bytes of every network; "": an outline, not asked for
     metadata: Mapping[str, str]  # of the DiT's file
 
     @property
@@ -147,7 +149,7 @@ def maker_of(config: TrainConfig, facts: DiTFacts) -> Maker:
     for entry in manager.loaded:
         if (name := ENCODERS.get(entry.name, "")) and name not in found:
             read = partial(entry.match.checkpoint.tensor, dtype=manager.torch_dtype)
-            found[name] = identity(entry.model, read)
+            found[name] = encoder_identity(entry.model, read)
     facts_known = {**found, **facts_of_settings(facts, config.cache)}
     try:
         parts = collect(
@@ -187,14 +189,19 @@ def encoding_pipeline(config: TrainConfig, facts: DiTFacts, device: torch.device
     return WanVideoPipeline(assuming(parts, facts))
 
 
-def load_networks(config: TrainConfig, objective: FlowMatchObjective) -> Loaded:
+def load_networks(config: TrainConfig, objective: FlowMatchObjective, *, outline: bool = False) -> Loaded:
     """Load the DiT, or both experts, with their adapters, on the CPU, and choose what trains.
+
+    Args:
+        config: names them.
+        objective: of the run.
+        outline: read headers instead of weights: to see whether the run can be made.
 
     Raises:
         ArgumentError: when the files hold another number of DiTs than is named.
     """
     sources = config.model
-    manager = ModelManager(torch_dtype=DTYPES[sources.dtype], device="cpu")
+    manager = ModelManager(torch_dtype=DTYPES[sources.dtype], device="meta" if outline else "cpu")
     named = [group for group in (sources.dit, sources.dit_low) if group]
     manager.load_models([*(g[0] if len(g) == 1 else list(g) for g in named), *sources.adapters])
     dits = [entry for entry in manager.loaded if entry.name == "wan_video_dit"]
@@ -208,12 +215,25 @@ def load_networks(config: TrainConfig, objective: FlowMatchObjective) -> Loaded:
     assert parts.high is not None
     if config.experts.boundary is not None:
         parts.boundary = config.experts.boundary
-    networks = [n for one in (parts.high, parts.low) if one is not None for n in (one.dit, *one.adapters)]
-    identity = hashlib.sha256(b"".join(fingerprint(network) for network in networks)).hexdigest()[:16]
+    # Before anything is put beside the weights.
+    is_asked = not outline or (config.run.resume is not None and sources.dtype != "fp8")
+    identity = _identity_of(parts, manager) if is_asked else ""
     return Loaded(
-        parts=parts, learners=_learners(parts, config, objective), identity=identity,
+        parts=parts, learners=_learners(parts, config, objective),
+        identity=identity,
         facts=DiTFacts.of(parts.high.dit.config, parts.adapters), metadata=dits[0].match.checkpoint.metadata,
     )  # fmt: skip
+
+
+def _identity_of(parts: PipelineComponents, manager: ModelManager) -> str:
+    """Hash of every network; of outlines, of what their files hold."""
+    readers: dict[int, Callable[[str], Tensor]] = {}
+    if manager.device.type == "meta":
+        dtype = manager.torch_dtype
+        readers = {id(e.model): partial(e.match.checkpoint.tensor, dtype=dtype) for e in manager.loaded}
+    networks = [n for one in (parts.high, parts.low) if one is not None for n in (one.dit, *one.adapters)]
+    told = b"".join(fingerprint(network, readers.get(id(network))) for network in networks)
+    return hashlib.sha256(told).hexdigest()[:16]
 
 
 def _learners(parts: PipelineComponents, config: TrainConfig, objective: FlowMatchObjective) -> list[Learner]:
@@ -259,15 +279,58 @@ def _start_from(path: Path, tuned: list[Tuned]) -> None:
         one.start_from(loras[number if len(loras) > 1 else 0])
 
 
+def restore(loaded: Loaded, state: State) -> None:
+    """Put the trained tensors of a state back; before anything is sharded."""
+    for learner in loaded.learners:
+        own = {
+            name.removeprefix(learner.prefix): tensor
+            for name, tensor in state.tensors.items()
+            if name.startswith(learner.prefix)
+        }
+        learner.tuned.load_state_dict(own)
+
+
 def data_hash(samples: CachedDataset) -> str:
     """Of the samples that take part, whatever their order."""
     names = sorted(samples.sample_id(index) for index in range(len(samples)))
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
-def run_facts(config: TrainConfig, loaded: Loaded, samples: CachedDataset, world: int) -> dict[str, str]:
+def run_facts(
+    config: TrainConfig, loaded: Loaded, samples: CachedDataset, world: int, num_held_out: int
+) -> dict[str, str]:
     """What a checkpoint remembers, to be compared when a run goes on from it."""
-    tune_config, run = config.tune, config.run
+    run = config.run
+    told = {
+        "model": loaded.identity,
+        "model files": model_files(config),
+        "method": method_of(config),
+        "optimizer": config.optimizer.name,
+        "optimizer settings": json.dumps(
+            {"learning_rate": config.optimizer.learning_rate, **config.optimizer.options}, default=str
+        ),
+        "learning rate": json.dumps({name: getattr(config.optimizer, name) for name in _OF_THE_RATE}),
+        "objective": json.dumps(asdict(config.objective)),
+        "held out": str(num_held_out),
+        "data": data_hash(samples),
+        "seed": str(run.seed),
+        "samples of a step": str(run.batch_size * run.accumulate * world),
+    }
+    if sizes := [one.own_batch_size * run.accumulate * world for one in config.data if one.own_batch_size]:
+        told["samples of a step"] += f", of some datasets {', '.join(map(str, sizes))}"
+    if config.experts != ExpertsConfig():
+        told["experts"] = json.dumps(asdict(config.experts))
+    return told
+
+
+def model_files(config: TrainConfig) -> str:
+    """Names of the files of what trains."""
+    return " ".join(Path(path).name for path in (*config.model.dit, *config.model.dit_low))
+
+
+def method_of(config: TrainConfig) -> str:
+    """What trains, in one line."""
+    tune_config = config.tune
     method = f"{tune_config.kind} of {', '.join(tune_config.networks)}"
     if tune_config.kind in WITH_FACTORS:
         method += (
@@ -278,26 +341,7 @@ def run_facts(config: TrainConfig, loaded: Loaded, samples: CachedDataset, world
             method += f", rank {config.experts.low_rank} in the low-noise expert"
     elif tune_config.parts:
         method = f"parts {' '.join(tune_config.parts)}"
-    told = {
-        "model": loaded.identity,
-        "model files": " ".join(Path(p).name for p in (*config.model.dit, *config.model.dit_low)),
-        "method": method,
-        "optimizer": config.optimizer.name,
-        "optimizer settings": json.dumps(
-            {"learning_rate": config.optimizer.learning_rate, **config.optimizer.options}, default=str
-        ),
-        "learning rate": json.dumps({name: getattr(config.optimizer, name) for name in _OF_THE_RATE}),
-        "objective": json.dumps(asdict(config.objective)),
-        "held out": str(config.samples.holdout if config.samples.every else 0),
-        "data": data_hash(samples),
-        "seed": str(run.seed),
-        "samples of a step": str(run.batch_size * run.accumulate * world),
-    }
-    if sizes := [one.own_batch_size * run.accumulate * world for one in config.data if one.own_batch_size]:
-        told["samples of a step"] += f", of some datasets {', '.join(map(str, sizes))}"
-    if config.experts != ExpertsConfig():
-        told["experts"] = json.dumps(asdict(config.experts))
-    return told
+    return method
 
 
 def alpha_of(config: TuneConfig) -> float:

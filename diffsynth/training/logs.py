@@ -13,6 +13,7 @@ import struct
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from diffsynth.errors import ArgumentError, MissingPackageError
 from diffsynth.video.paths import replacing
+
+OTHER_LOGGERS = {
+    "wandb": ("wandb", "init"),
+    "swanlab": ("swanlab.integration.pytorch_lightning", "SwanLabLogger"),
+}  # name -> what must be there to import
 
 
 class RunLog(Logger):
@@ -160,6 +166,27 @@ class EventLog(RunLog):
             file.write(length + _checksum(length) + data + _checksum(data))
 
 
+def require_logger(name: str) -> None:
+    """Make sure that `other_logger` will find what it needs.
+
+    Raises:
+        As it does.
+    """
+    if name not in OTHER_LOGGERS:
+        raise ArgumentError(
+            f"run.loggers names {name!r}; CSV and TensorBoard are always there, besides "
+            f"{', '.join(OTHER_LOGGERS)}."
+        )
+    module, member = OTHER_LOGGERS[name]
+    try:
+        # A folder of this name, such as wandb's own, imports too, and holds nothing.
+        found = getattr(import_module(module), member, None)
+    except ImportError:
+        found = None
+    if found is None:
+        raise MissingPackageError(name, "run.loggers", f"pip install {name}")
+
+
 def other_logger(name: str, output: Path, config: Mapping[str, Any], folder: Path) -> Logger:
     """The logger of wandb or swanlab, by name.
 
@@ -174,26 +201,20 @@ def other_logger(name: str, output: Path, config: Mapping[str, Any], folder: Pat
         ArgumentError: for another name.
     """
     if name == "wandb":
-        try:
-            from lightning.pytorch.loggers import WandbLogger
+        from lightning.pytorch.loggers import WandbLogger
 
-            run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        try:
             return WandbLogger(save_dir=output, config=dict(config), id=run_id)
         except ModuleNotFoundError as error:
             raise MissingPackageError("wandb", "run.loggers", "pip install wandb") from error
-    if name == "swanlab":
-        try:
-            from importlib import import_module
-
-            kind = import_module("swanlab.integration.pytorch_lightning").SwanLabLogger
-        except ModuleNotFoundError as error:
-            raise MissingPackageError("swanlab", "run.loggers", "pip install swanlab") from error
-        logger = kind(project="diffsynth", config=dict(config), logdir=str(output / "swanlog"))
-        assert isinstance(logger, Logger)
-        return logger
-    raise ArgumentError(
-        f"run.loggers names {name!r}; CSV and TensorBoard are always there, besides wandb, swanlab."
+    require_logger(name)
+    module, member = OTHER_LOGGERS[name]
+    logger = getattr(import_module(module), member)(
+        project="diffsynth", config=dict(config), logdir=str(output / "swanlog")
     )
+    assert isinstance(logger, Logger)
+    return logger
 
 
 def _varint(value: int) -> bytes:

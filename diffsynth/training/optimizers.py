@@ -49,13 +49,35 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
                 raise UnknownArgumentError(name, set(known) - {"params"}, config.name)
     try:
         optimizer = kind(list(parameters), **options)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # values of the user's, in code that is not ours
         raise ArgumentError(f"{config.name} refuses {options}: {error}.") from error
     assert isinstance(optimizer, torch.optim.Optimizer)
     for group in optimizer.param_groups:
         if group["lr"] != config.learning_rate:  # an optimizer that gives some parameters a rate of their own
             group[SHARE] = group["lr"] / config.learning_rate
     return optimizer
+
+
+def try_optimizer(config: OptimizerConfig, device: torch.device) -> None:
+    """Make the optimizer of a small weight and take one step: what cannot work is told before a run begins.
+
+    Raises:
+        As `make_optimizer`.
+        ArgumentError: when the step fails.
+    """
+    weight = nn.Parameter(torch.ones(4, 4, device=device))
+    optimizer = make_optimizer([weight], config)
+    weight.grad = torch.ones_like(weight)
+    try:
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        optimizer.step()
+    except Exception as error:  # of a package that is not ours
+        raise ArgumentError(
+            f"optimizer.name is {config.name!r}, and its first step fails on {device.type} with options "
+            f"{dict(config.options)}: {type(error).__name__}: {error}. Give other options, or another one of "
+            f"{', '.join(SHORT_NAMES)}."
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,6 +185,11 @@ def _optimizer_class(name: str) -> type[torch.optim.Optimizer]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise MissingPackageError(package, f"the optimizer {name!r}", f"pip install {package}") from error
+    except Exception as error:  # a package that is there and does not work
+        raise ArgumentError(
+            f"optimizer.name is {name!r}, and {module_name} cannot be imported: {error}. Mend the package, "
+            f"or give another one of {', '.join(SHORT_NAMES)}."
+        ) from error
     kind = getattr(module, class_name, None)
     if not (inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)):
         known: Mapping[str, object] = vars(module)

@@ -35,12 +35,12 @@ from diffsynth.training.checkpoints import (
     version_folder,
     write_state,
 )
+from diffsynth.training.checks import check_run
 from diffsynth.training.config import OptimizerConfig, TrainConfig
 from diffsynth.training.config_files import save_config
 from diffsynth.training.dataset.planning import log_plan
 from diffsynth.training.forecast import too_large
 from diffsynth.training.loading import (
-    Loaded,
     checkpoint_metadata,
     encoding_pipeline,
     facts_of,
@@ -49,6 +49,7 @@ from diffsynth.training.loading import (
     maker_of,
     plan_data,
     resolved_device,
+    restore,
     run_facts,
 )
 from diffsynth.training.logs import CsvLog, EventLog, other_logger
@@ -72,7 +73,14 @@ from diffsynth.training.stopping import (
     Wishes,
     leave_signals_to_the_parent,
 )
-from diffsynth.training.validation import PromptVideos, Validation, split
+from diffsynth.training.validation import (
+    PromptVideos,
+    Validation,
+    nothing_left,
+    num_held_out,
+    split,
+    tell_held_out,
+)
 from diffsynth.training.zero import require_gpu
 from diffsynth.video.paths import disk_errors
 
@@ -124,6 +132,8 @@ def train(config: TrainConfig) -> RunReport:
     output = Path(config.run.output)
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
+    if ranks.is_external or ranks.rank == 0:
+        check_run(config, _own(device))
     trains, encodes = config.run.task != "data_process", config.run.task != "train"
     group = Group(ranks, device, config.run, encodes=encodes) if trains else None
     # Processes that Lightning starts come here too; the first has filled the cache before it started them.
@@ -141,9 +151,15 @@ def _fill_cache(config: TrainConfig, device: torch.device, ranks: Ranks) -> None
     rank, world = (ranks.rank, ranks.world) if ranks.is_external else (0, 1)
     if rank == 0:
         log_plan(plan)
-    if device.type == "cuda" and ranks.is_external:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    process(plan, encoding_pipeline(config, facts, device), config.cache, rank=rank, world=world)
+    if 0 < len(plan.clips) <= (config.samples.holdout or 0) and config.samples.every:
+        raise nothing_left(config.samples.holdout or 0, len(plan.clips))
+    process(plan, encoding_pipeline(config, facts, _own(device)), config.cache, rank=rank, world=world)
+
+
+def _own(device: torch.device) -> torch.device:
+    """The GPU of this process."""
+    local = os.environ.get("LOCAL_RANK")
+    return device if device.type != "cuda" or local is None else torch.device("cuda", int(local))
 
 
 class Run:
@@ -176,14 +192,17 @@ class Run:
             total = torch.cuda.get_device_properties(device).total_memory
             for line in too_large(config, plan, self._loaded, total / 1e9):
                 logger.warning("%s", line)
-        self._facts = run_facts(config, self._loaded, self._samples, ranks.world)
+        num_measured = num_held_out(config.samples, self._samples, {} if state is None else state.facts)
+        self._facts = run_facts(config, self._loaded, self._samples, ranks.world, num_measured)
         if path is not None and state is not None:
             require_same_run(path, state, self._facts)
             restore(self._loaded, state)
             logger.info("Going on from %s, after step %d.", path, state.step)
         elif config.run.resume is not None:
             logger.info("There is no checkpoint in %s yet; the run begins.", self._output)
-        trained, self._held_out = split(self._samples, config.samples.holdout, config.samples.every)
+        trained, self._held_out = split(self._samples, num_measured, config.samples.every)
+        if ranks.rank == 0:
+            tell_held_out(self._samples, trained, self._held_out, config)
         batches = Batches(
             self._samples, size=config.run.batch_size * config.run.accumulate * ranks.world,
             passes=config.run.accumulate * ranks.world, seed=config.run.seed, num_steps=config.run.steps,
@@ -380,17 +399,6 @@ def course_of(config: TrainConfig, state: State) -> Course | None:
     told = {**json.loads(state.facts["learning rate"]), **json.loads(state.facts["optimizer settings"])}
     then = OptimizerConfig(**{name: told[name] for name in RATE_SETTINGS})
     return resumed_course(Course(**state.course), state.step, now, then, config.run.steps)  # type: ignore[arg-type]
-
-
-def restore(loaded: Loaded, state: State) -> None:
-    """Put the trained tensors of a state back; before anything is sharded."""
-    for learner in loaded.learners:
-        own = {
-            name.removeprefix(learner.prefix): tensor
-            for name, tensor in state.tensors.items()
-            if name.startswith(learner.prefix)
-        }
-        learner.tuned.load_state_dict(own)
 
 
 def _joined(pairs: Sequence[tuple[EncodedSample, Pick]]) -> Drawn:

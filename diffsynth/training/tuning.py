@@ -73,6 +73,7 @@ class TuneConfig:
             raise ArgumentError(f"tune.factor is {self.factor}; give 2 or more (8 and 16 are usual).")
         if self.kind in WITH_FACTORS and not self.targets:
             raise ArgumentError("tune.targets is empty; name layers, such as q k v o ffn.0 ffn.2.")
+        _check_patterns((*self.targets, *self.parts))
         if self.fresh and (self.kind, self.networks) != ("full", ("dit",)):
             raise ArgumentError(
                 f"tune.fresh is on, kind {self.kind!r} and networks {list(self.networks)}; only a DiT that "
@@ -83,6 +84,15 @@ class TuneConfig:
                 f"tune.kind is {self.kind!r} and parts is {list(self.parts)}; kind 'parts' needs parts, and "
                 "no other kind reads them."
             )
+
+
+def _check_patterns(names: Sequence[str]) -> None:
+    for name in names:
+        if name.startswith(REGEX):
+            try:
+                re.compile(name.removeprefix(REGEX))
+            except re.error as error:
+                raise ArgumentError(f"{name!r} is no regular expression: {error}.") from None
 
 
 class Tuned:

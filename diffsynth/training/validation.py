@@ -7,7 +7,7 @@ that it moves only when the weights do.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -20,24 +20,49 @@ from tqdm import tqdm
 
 from diffsynth.errors import ArgumentError, MissingModelError, OutputPathError
 from diffsynth.models.model_manager import ModelManager
-from diffsynth.pipelines.components import collect
+from diffsynth.pipelines.components import PipelineComponents, check_sizes, collect
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.training.batches import Samples, chance
 from diffsynth.training.cached_dataset import CachedDataset
 from diffsynth.training.callbacks import StepLog, write_rows
-from diffsynth.training.config import TrainConfig
-from diffsynth.training.loading import DTYPES, Loaded, model_fps
+from diffsynth.training.config import SampleConfig, TrainConfig
+from diffsynth.training.dataset.items import LIST_PREFIX
+from diffsynth.training.dataset.planning import write_list
+from diffsynth.training.loading import Loaded, encoder_dtype, model_fps
 from diffsynth.training.module import WanTrainingModule
 from diffsynth.training.optimizers import evaluated
 from diffsynth.training.samples import collate
+from diffsynth.video import load_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 logger = logging.getLogger("diffsynth")
 
+FILES_PER_HELD_OUT = 20  # 5 % of the files are measured, unless the user says how many samples
+HELD_OUT = f"{LIST_PREFIX}held_out.txt"
+MAX_NAMED = 20  # files in one line of the log
 STEP_OF_VALIDATION = -1  # its noise is that of no step of training
 Sampling = Callable[[WanTrainingModule, int], None]
+
+
+def num_held_out(settings: SampleConfig, samples: Samples, before: Mapping[str, str]) -> int:
+    """How many samples are measured and never trained on.
+
+    Args:
+        settings: of the run.
+        samples: all cached samples.
+        before: facts of the run that this one goes on with: it keeps its number.
+    """
+    if not settings.every:
+        return 0
+    if settings.holdout is not None:
+        return settings.holdout
+    if "held out" in before:
+        return int(before["held out"])
+    if settings.prompts:  # there is something to look at
+        return 0
+    return len({samples.source(index) for index in range(len(samples))}) // FILES_PER_HELD_OUT
 
 
 def split(samples: Samples, holdout: int, every: int) -> tuple[list[int], list[int]]:
@@ -55,11 +80,39 @@ def split(samples: Samples, holdout: int, every: int) -> tuple[list[int], list[i
     measured = {samples.source(index) for index in held_out}
     trained = sorted(index for index in order[count:] if samples.source(index) not in measured)
     if not trained and len(samples):
-        raise ArgumentError(
-            f"samples.holdout is {count} and there are {len(samples)} samples, and none of another file "
-            "is left to train on; hold out fewer, or 0."
-        )
+        raise nothing_left(count, len(samples))
     return trained, held_out
+
+
+def nothing_left(count: int, num_samples: int) -> ArgumentError:
+    """The error of a run that would hold out all it has."""
+    return ArgumentError(
+        f"samples.holdout is {count} and there are {num_samples} samples, and none of another file is left "
+        "to train on; hold out fewer, or 0."
+    )
+
+
+def tell_held_out(
+    samples: CachedDataset, trained: Sequence[int], held_out: Sequence[int], config: TrainConfig
+) -> None:
+    """Name the files that are measured instead of trained on; more than fit into a line stand in a file."""
+    every = config.samples.every
+    if every and not held_out and not config.samples.prompts:
+        logger.warning(
+            "samples.every is %d, and there is nothing to look at: no clip is held out (of fewer than %d "
+            "files none is). Give samples.holdout, or samples.prompts.", every, FILES_PER_HELD_OUT,
+        )  # fmt: skip
+    if not held_out:
+        return
+    names = list(dict.fromkeys(samples.media(index) for index in held_out))
+    listed = ""
+    if len(names) > MAX_NAMED:
+        file = write_list(names, Path(config.run.output), HELD_OUT)
+        listed = f" ... (all: {file})"
+    logger.info(
+        "Held out, to be measured every %d steps and never trained on: %d files: %s%s. %d of %d clips are "
+        "trained on.", every, len(names), ", ".join(names[:MAX_NAMED]), listed, len(trained), len(samples),
+    )  # fmt: skip
 
 
 class Validation(Callback):
@@ -164,22 +217,16 @@ class PromptVideos:
 
     def __call__(self, module: WanTrainingModule, step: int) -> None:
         """Make the videos of this rank: ``<output>/samples/step=S-N.mp4``."""
-        from diffsynth.video import load_image, save_video
+        from diffsynth.video import save_video
 
         # Now and not before: a pipeline lets its networks rest where they were when it was made.
         self._pipe = self._pipe or self._made()
         module.placing.rest()
         settings = self._config.samples
-        names = ("height", "width", "num_frames", "num_inference_steps", "cfg_scale")
-        given = {name: value for name in names if (value := getattr(settings, name)) is not None}
         folder = Path(self._config.run.output) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         for number in range(module.global_rank, len(settings.prompts), module.trainer.world_size):
-            picture = settings.input_images[number] if settings.input_images else None
-            video = self._pipe(
-                settings.prompts[number], settings.negative_prompt, seed=settings.seed + number,
-                input_image=None if picture is None else load_image(picture), **given,
-            )  # fmt: skip
+            video = self._pipe(**arguments_of(settings, number))
             assert isinstance(video, list)
             path = folder / f"step={step}-{number + 1}.mp4"
             try:
@@ -189,13 +236,50 @@ class PromptVideos:
         logger.info("Step %d: videos of %d prompts in %s", step, len(settings.prompts), folder)
 
     def _made(self) -> WanVideoPipeline:
-        sources, loaded = self._config.model, self._loaded
-        assert sources.text_encoder is not None and sources.vae is not None
-        dtype = torch.bfloat16 if sources.dtype == "fp8" else DTYPES[sources.dtype]
-        manager = ModelManager(torch_dtype=dtype, device="cpu")
-        paths = [sources.text_encoder, sources.vae, sources.image_encoder]
-        manager.load_models([path for path in paths if path is not None])
-        parts = collect(manager, device=self._device, dtype=dtype, tokenizer_path=sources.tokenizer)
-        parts.high, parts.low, parts.boundary = loaded.parts.high, loaded.parts.low, loaded.parts.boundary
-        parts.family, parts.generation = loaded.parts.family, loaded.parts.generation
-        return WanVideoPipeline(parts)
+        return WanVideoPipeline(sampling_parts(self._config, self._loaded, self._device))
+
+
+def arguments_of(settings: SampleConfig, number: int) -> dict[str, object]:
+    """What ``pipe()`` is given for one of the prompts.
+
+    Raises:
+        MediaNotFoundError, MediaReadError: for its picture.
+    """
+    names = ("height", "width", "num_frames", "num_inference_steps", "cfg_scale")
+    given = {name: value for name in names if (value := getattr(settings, name)) is not None}
+    if settings.input_images:
+        given["input_image"] = load_image(settings.input_images[number])
+    return {
+        "prompt": settings.prompts[number], "negative_prompt": settings.negative_prompt,
+        "seed": settings.seed + number, **given,
+    }  # fmt: skip
+
+
+def sampling_parts(
+    config: TrainConfig, loaded: Loaded, device: torch.device, *, outline: bool = False
+) -> PipelineComponents:
+    """The parts of a pipeline for sample videos: the networks that train, with encoders beside them.
+
+    Args:
+        config: names the encoders.
+        loaded: the networks that train.
+        device: where everything computes.
+        outline: of the encoders, headers are read instead of weights.
+
+    Raises:
+        MissingModelError: without a text encoder or a VAE.
+        ConfigurationError: when they do not belong to the DiT.
+    """
+    sources, own = config.model, loaded.parts
+    if sources.text_encoder is None or sources.vae is None:
+        raise MissingModelError("samples.prompts needs model.text_encoder and model.vae; name their files.")
+    dtype = encoder_dtype(sources)
+    manager = ModelManager(torch_dtype=dtype, device="meta" if outline else "cpu")
+    paths = [sources.text_encoder, sources.vae, sources.image_encoder]
+    manager.load_models([path for path in paths if path is not None])
+    parts = collect(manager, device=device, dtype=dtype, tokenizer_path=sources.tokenizer)
+    parts.high, parts.low, parts.boundary = own.high, own.low, own.boundary
+    parts.family, parts.generation = own.family, own.generation
+    parts.sources.update({name: file for name, file in own.sources.items() if name not in parts.sources})
+    check_sizes(parts)
+    return parts

@@ -280,7 +280,9 @@ def test_a_file_of_the_user_named_stop_is_neither_a_wish_nor_removed(
     assert (tmp_path / "stop").read_text() == "notes"
 
 
-def test_another_model_is_refused_at_resume(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_another_model_is_refused_at_resume(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(config_of(settings, tmp_path, run={"steps": 1}))
     changed = load_file(settings["model"]["dit"][0])
     changed["blocks.0.ffn.0.weight"][0] += 1
@@ -293,6 +295,12 @@ def test_another_model_is_refused_at_resume(settings: dict[str, Any], tmp_path: 
         train(config_of(settings, tmp_path, model=other, run={"steps": 2, "resume": "latest"}))
     with pytest.raises(ArgumentError, match="method lora of dit, rank 4"):
         train(config_of(settings, tmp_path, tune={"rank": 2}, run={"steps": 2, "resume": "latest"}))
+    encoding = {"steps": 2, "resume": "latest", "task": "both"}  # told before that
+    for changed in ({"model": other}, {"tune": {"rank": 2}}, {"optimizer": {"name": "adamw"}}):
+        config = config_of(settings, tmp_path, run=encoding, **changed)
+        with monkeypatch.context() as patch, pytest.raises(ArgumentError, match="was trained with"):
+            patch.setattr(training_run, "_fill_cache", lambda *_: pytest.fail("it was encoded"))
+            train(config)
 
 
 def test_two_experts_learn_in_turn_each_in_its_range(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,25 @@ from torch import Tensor
 from diffsynth.models.toy import toy_files
 from diffsynth.training import run as training_run
 from diffsynth.training import validation
-from diffsynth.training.config import TrainConfig
+from diffsynth.training.cached_dataset import CachedDataset, open_cache
+from diffsynth.training.config import SampleConfig, TrainConfig
 from diffsynth.training.config_files import build
+from diffsynth.training.dataset.clips import DatasetPlan
 from diffsynth.training.loading import load_networks
 from diffsynth.training.objective import FlowMatchObjective
 from diffsynth.training.recompute import StreamedBase
 from diffsynth.training.run import train
+from diffsynth.training.validation import num_held_out, split
 from diffsynth.vram_management.residency import Residency
-from tests.unit.training.clips_of_noise import FRAMES, HEIGHT, WIDTH, write_picture, write_video
+from tests.unit.training.clips_of_noise import (
+    FRAMES,
+    HEIGHT,
+    WIDTH,
+    pictures,
+    write_picture,
+    write_video,
+)
+from tests.unit.training.test_cached_dataset import cache
 from tests.unit.training.toy_runs import ADAMW, config_of, rows, toy_settings
 
 
@@ -78,6 +91,50 @@ def test_other_samples_of_a_file_that_is_measured_are_not_trained_on(
     measured = {samples.source(index) for index in held_out}
     assert len(samples) == 12 and not measured & {samples.source(index) for index in trained}
     assert len(trained) == 12 - 2 * len(measured)
+
+
+def of_files(folder: Path, count: int) -> CachedDataset:
+    """So many files, two clips of each."""
+    plan = pictures(folder, count)
+    mirrored = [replace(clip, flip=True) for clip in plan.clips]
+    clips = (*plan.clips, *mirrored)
+    for number, one in enumerate(clips):
+        cache(one, f"{number:016x}")
+    return open_cache(DatasetPlan(clips=clips))
+
+
+@pytest.mark.parametrize(("files", "measured"), [(5, 0), (19, 0), (20, 1), (45, 2)])
+def test_one_of_twenty_files_is_held_out_and_of_fewer_none(tmp_path: Path, files: int, measured: int) -> None:
+    samples, usual = of_files(tmp_path, files), SampleConfig(every=10)
+    assert num_held_out(usual, samples, {}) == measured
+    trained, held_out = split(samples, measured, 10)
+    assert len(held_out) == measured and len(trained) == 2 * (files - len({*map(samples.source, held_out)}))
+    assert num_held_out(replace(usual, holdout=3), samples, {}) == 3, "a number keeps its meaning"
+    assert num_held_out(replace(usual, every=0), samples, {}) == 0
+    assert num_held_out(replace(usual, prompts=("a ball",)), samples, {}) == 0, (
+        "videos alone hold out nothing"
+    )
+    assert num_held_out(usual, samples, {"held out": "4"}) == 4, "a run begun before keeps its number"
+
+
+def test_files_that_are_held_out_are_named_and_stay_so_when_the_run_goes_on(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = {"steps": 1, "batch_size": 1}
+    with caplog.at_level("INFO", "diffsynth"):
+        train(config_of(settings, tmp_path, samples={"every": 1, "holdout": 2}, run=run))
+    (told,) = [text for text in caplog.messages if text.startswith("Held out")]
+    assert re.search(r"2 files: \d\.png, \d\.png\. 4 of 6 clips are trained on", told)
+    caplog.clear()
+    with caplog.at_level("INFO", "diffsynth"):
+        train(
+            config_of(settings, tmp_path, samples={"every": 1}, run={**run, "steps": 2, "resume": "latest"})
+        )
+    assert told in caplog.messages and "held out was" not in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO", "diffsynth"):  # a run of its own holds out none of six files, and says so
+        train(config_of(settings, tmp_path / "other", samples={"every": 1}, run=run))
+    assert "Held out" not in caplog.text and "nothing to look at" in caplog.text
 
 
 def test_prompts_become_videos_and_training_goes_on_the_same(
