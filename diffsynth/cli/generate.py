@@ -240,8 +240,10 @@ def _read_files(values: Mapping[str, Any]) -> Iterator[str | Path]:
     for name in (*MODEL_FLAGS, *SOURCE_FLAGS, "read_files"):
         given = values[name]
         for each in given if isinstance(given, (list, tuple)) else [given]:
-            if isinstance(each, (str, Path)):
-                yield each
+            if isinstance(file := getattr(each, "source", each), (str, Path)):
+                yield file
+    if values["resumed"] is not None:
+        yield values["resumed"].steps
 
 
 def _check_size(pipe: WanVideoPipeline, arguments: Mapping[str, Any], output: Output) -> None:
