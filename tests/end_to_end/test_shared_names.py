@@ -1,6 +1,6 @@
 """Runs that share a name, and runs that are killed: whole videos, and nothing half-written.
 
-    pytest -m slow tests/end_to_end/test_shared_names.py
+pytest -m slow tests/end_to_end/test_shared_names.py
 """
 
 from __future__ import annotations
