@@ -35,7 +35,8 @@ def compact_padding(text: Tensor, text_len: int) -> TextTokens:
         text: (B, T, text_dim); rows that are zero in every sample are padding.
         text_len: rows that the network was trained with.
     """
-    used = int((text != 0).any(dim=(0, 2)).nonzero().max() + 1) if bool((text != 0).any()) else 0
+    places = (text != 0).any(dim=(0, 2)).nonzero()  # in order
+    used = int(places[-1]) + 1 if len(places) else 0
     padding = max(text_len, text.shape[1]) - used
     standins = MIN_STANDINS + (-used - MIN_STANDINS) % KEY_MULTIPLE
     if padding <= standins:
