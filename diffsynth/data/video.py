@@ -11,7 +11,7 @@ from diffsynth.video import VideoData, save_frames, save_video
 from diffsynth.video.pixels import cover as crop_and_resize
 
 if not TYPE_CHECKING:
-    _NO_SOUND = "this version reads and writes no sound."
+    _NO_SOUND = "this version reads and writes no sound; speech to video (Wan2.2-S2V-14B) is not built."
     __getattr__ = lazy_names(
         __name__, {}, {"save_video_with_audio": _NO_SOUND, "merge_video_audio": _NO_SOUND}
     )
