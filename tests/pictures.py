@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -36,3 +38,20 @@ def noise(height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
 def smooth(height: int = 48, width: int = 64) -> np.ndarray:
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     return np.stack([255 * x, 255 * y, 255 * (1 - x)], axis=2).astype(np.uint8)
+
+
+def write_odd(path: Path, options: str, frames: Iterable[np.ndarray] | None = None) -> Path:
+    """A video with options of x264, such as "sar=4/3", of frames (H, W, 3)."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16, options={"x264-params": options})
+        pictures = list(frames or [noise(seed=number) for number in range(5)])
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        if options.startswith("sar="):
+            stream.codec_context.sample_aspect_ratio = Fraction(options[4:])
+        for frame in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path

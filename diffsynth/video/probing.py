@@ -17,6 +17,9 @@ from diffsynth.video.reading import PICTURE_SUFFIXES, VideoFile
 
 _TKHD_MATRIX = {0: 40, 1: 52}  # version of the box -> bytes before its matrix; ISO/IEC 14496-12, 8.3.2
 _MATRIX_BYTES = 36
+_SQUARE, _WIDEST = 0.01, 8.0  # shares: of rounding, and of what is taken for damage
+# AVColorTransferCharacteristic: SMPTE ST 2084 (PQ), ARIB STD-B67 (HLG); AVFieldOrder: above it are fields
+_HDR_TRANSFERS, _PROGRESSIVE = (16, 18), 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +32,20 @@ class MediaFacts:
     fps: float | None  # the average; None of a picture, or where the file does not tell
     times_s: tuple[float, ...] | None  # when each frame is shown, from 0; None: evenly, at ``fps``
     is_picture: bool
+    pixel_aspect: float = 1.0  # width of a pixel over its height, upright; 1 is square
+    is_hdr: bool = False  # its levels are of PQ or HLG
+    is_interlaced: bool = False
+
+    @property
+    def is_anamorphic(self) -> bool:
+        """Whether its pixels are not square."""
+        return self.pixel_aspect != 1
+
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """Height and width in square pixels, as players show it; no edge is made smaller."""
+        aspect = self.pixel_aspect
+        return round(self.height / min(aspect, 1.0)), round(self.width * max(aspect, 1.0))
 
 
 def probe_media(path: str | os.PathLike[str]) -> MediaFacts:
@@ -82,6 +99,9 @@ def _probe_video(file: Path, num_bytes: int) -> MediaFacts:
             ]
             is_indexed = bool(entries) and len(entries) == stream.frames
             has_boxes = "mp4" in container.format.name
+            pixel_aspect, context = _pixel_aspect(stream), stream.codec_context
+            is_hdr = context.color_trc in _HDR_TRANSFERS
+            is_interlaced = _is_interlaced(container, stream)
     except av.FFmpegError as error:
         raise MediaReadError(f"{file} is not a video that can be read: {error.strerror}.") from error
     if not height or not width:
@@ -101,11 +121,28 @@ def _probe_video(file: Path, num_bytes: int) -> MediaFacts:
     if not num_frames:
         raise MediaReadError(f"{file} holds no frame.")
     if has_boxes and _is_quarter_turned(file):
-        height, width = width, height
+        height, width, pixel_aspect = width, height, 1 / pixel_aspect
     fps, uneven = _rate_of(times_s, float(rate) if rate else None)
     return MediaFacts(
-        height=height, width=width, num_frames=num_frames, fps=fps, times_s=uneven, is_picture=False
-    )
+        height=height, width=width, num_frames=num_frames, fps=fps, times_s=uneven, is_picture=False,
+        pixel_aspect=pixel_aspect, is_hdr=is_hdr, is_interlaced=is_interlaced,
+    )  # fmt: skip
+
+
+def _pixel_aspect(stream: Any) -> float:
+    """Width of a stored pixel over its height; 1 where the file does not tell, or tells nonsense."""
+    told = float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
+    is_square = abs(told - 1) < _SQUARE or not 1 / _WIDEST <= told <= _WIDEST
+    return 1.0 if is_square else told
+
+
+def _is_interlaced(container: Any, stream: Any) -> bool:
+    order = getattr(stream.codec_context, "field_order", None)
+    if order is not None:
+        return int(order) > _PROGRESSIVE
+    # Of an older PyAV the frames tell alone.
+    frame = next(container.decode(stream), None)
+    return frame is not None and bool(frame.interlaced_frame)
 
 
 def _rate_of(times_s: Sequence[float], told: float | None) -> tuple[float | None, tuple[float, ...] | None]:

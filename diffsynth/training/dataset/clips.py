@@ -39,6 +39,8 @@ class Clip:
     width: int
     resize: Resize = "cover"
     flip: bool = False  # mirrored, left and right
+    pixel_aspect: float = 1.0  # of the file: width of a pixel over its height
+    input_aspects: Mapping[str, float] = field(default_factory=dict)  # of inputs whose pixels are not square
     repeats: int = 1  # how often an epoch shows it
     weight: float = 1.0  # of its loss
     caption_dropout: float = 0.0
@@ -59,6 +61,10 @@ class Clip:
             "resize": self.resize,
             "flip": int(self.flip),
         }
+        if self.pixel_aspect != 1:
+            told["pixel aspect"] = round(self.pixel_aspect, 6)
+        for name, aspect in sorted(self.input_aspects.items()):
+            told[f"pixel aspect of {name}"] = round(aspect, 6)
         for name, indices in sorted(self.input_indices.items()):
             told[f"frames of {name}"] = shown_indices(indices)
         return told
@@ -80,6 +86,7 @@ class Note:
     media: Path | None  # None: of the whole dataset
     text: str
     dataset: str = ""
+    is_warning: bool = False  # the samples are probably not what one wants
 
     def __str__(self) -> str:
         return f"{self.media.name}: {self.text}" if self.media else f"{self.dataset}: {self.text}"

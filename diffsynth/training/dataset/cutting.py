@@ -48,7 +48,8 @@ def clips_of(
     if count is None:
         raise UnusableError(_too_short(own, len(frames), fps, min(config.num_frames)))
     begins = starts(len(frames), count, config.clip, windows=config.windows, seed=config.seed, name=item.name)
-    sizes = dict.fromkeys(choose_size(group, own.height, own.width) for group in groups)
+    sizes = dict.fromkeys(choose_size(group, *own.shown_size) for group in groups)
+    aspects = _input_aspects(item, facts)
     clips = []
     for begin in begins:
         indices = frames[begin : begin + count]
@@ -63,12 +64,18 @@ def clips_of(
                         Clip(
                             item=item, dataset=dataset, stem=stem, indices=indices, input_indices=inputs,
                             height=height, width=width, resize=config.resize, flip=flip, repeats=repeats,
+                            pixel_aspect=own.pixel_aspect, input_aspects=aspects,
                             weight=config.weight, caption_dropout=config.caption_dropout,
                             batch_size=config.own_batch_size,
                             steps=(config.from_step, config.until_step), moments=config.moments,
                         )
                     )  # fmt: skip
     return clips
+
+
+def _input_aspects(item: Item, facts: Mapping[Path, MediaFacts]) -> dict[str, float]:
+    files = {name: value for name, value in item.inputs.items() if isinstance(value, Path)}
+    return {n: facts[file].pixel_aspect for n, file in files.items() if facts[file].pixel_aspect != 1}
 
 
 def _repeats(config: DatasetConfig, stem: str) -> int:
@@ -147,13 +154,14 @@ def told_of(clips: Sequence[Clip], facts: MediaFacts, fps: float | None) -> str:
 def _told_of_size(clip: Clip, facts: MediaFacts) -> list[str]:
     size = (clip.height, clip.width)
     told = []
-    lost = cut_away(size, facts.height, facts.width)
+    shown_height, shown_width = facts.shown_size
+    lost = cut_away(size, shown_height, shown_width)
     if lost > _WORTH_TELLING:
         how = {"cover": "cut off", "stretch": "stretched", "contain": "shown between black bars"}[clip.resize]
-        is_wider = facts.width / facts.height > clip.width / clip.height
+        is_wider = shown_width / shown_height > clip.width / clip.height
         what = f"{lost:.0%} of its {'width' if is_wider else 'height'} "
-        told.append(what + how if clip.resize == "cover" else f"{how} ({facts.width}x{facts.height})")
-    grown = enlargement(size, facts.height, facts.width)
+        told.append(what + how if clip.resize == "cover" else f"{how} ({shown_width}x{shown_height})")
+    grown = enlargement(size, shown_height, shown_width)
     if grown > 1 + _WORTH_TELLING:
         told.append(f"enlarged {grown:.2f}x to {clip.width}x{clip.height}")
     return told

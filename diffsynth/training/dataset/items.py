@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,13 @@ from diffsynth.video.reading import PICTURE_SUFFIXES, natural_key
 V1_FOLDER = "train"  # beside metadata.csv; v1 keeps its media there
 MORE_VIDEOS = (".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".wmv", ".flv", ".ogv", ".3gp")
 MEDIA_SUFFIXES = frozenset((*PICTURE_SUFFIXES, *VIDEO_SUFFIXES, *MORE_VIDEOS))
+# Pictures and videos that nothing here reads.
+_UNREAD = """
+heic heif avif jxl jp2 psd svg exr dng raw cr2 nef arw
+mts vob asf rm rmvb mxf f4v divx dv mod insv braw r3d
+"""
+OTHER_MEDIA = frozenset(f".{ending}" for ending in _UNREAD.split())
+OF_CACHE = (".tensors.safetensors", ".tensors.pth")  # samples that lie beside their media
 LIST_PREFIX = "diffsynth_"  # of the lists that we write beside a dataset: no captions
 
 
@@ -62,7 +70,7 @@ def list_items(config: DatasetConfig) -> Listing:
                 f"{config.path} holds {' and '.join(table.name for table in tables)}; give the path of one."
             )
         listing = _from_table(tables[0], config) if tables else _from_folder(path, config)
-    _refuse_twice(listing)
+    _drop_twice(listing)
     return listing
 
 
@@ -100,7 +108,34 @@ def _from_table(path: Path, config: DatasetConfig) -> Listing:
             listing.dropped.append(Dropped(media=media, reason=f"{row.place}: {error}", dataset=listing.name))
             continue
         _add(listing, item, has_caption=bool(told), config=config)
+    _tell_unlisted(listing, folders[0])
     return listing
+
+
+def _tell_unlisted(listing: Listing, folder: Path) -> None:
+    """Videos and pictures beside those of a table, which no row names."""
+    named = {
+        os.path.abspath(file)
+        for item in (*listing.items, *listing.without_caption)
+        for value in (item.media, *item.inputs.values())
+        for file in (value if isinstance(value, tuple) else (value,))
+        if isinstance(file, Path)
+    }
+    found = sorted(
+        (
+            entry.name
+            for entry in os.scandir(folder)
+            if Path(entry.name).suffix.lower() in MEDIA_SUFFIXES | OTHER_MEDIA
+            and not entry.name.startswith(".")
+            and os.path.abspath(entry.path) not in named
+        ),
+        key=natural_key,
+    )
+    if found:
+        names = ", ".join(found[:3]) + (", ..." if found[3:] else "")
+        table = Path(listing.source).name
+        text = f"{len(found)} videos or pictures of {folder} are in no row of {table}: {names}"
+        listing.notes.append(Note(media=None, text=text, dataset=listing.name))
 
 
 def _file_name(row: Row, path: Path) -> str:
@@ -143,10 +178,12 @@ def _from_folder(root: Path, config: DatasetConfig) -> Listing:
         file for file in files if file.suffix.lower() == ".txt" and not file.name.startswith(LIST_PREFIX)
     }
     media = [file for file in files if file.suffix.lower() in MEDIA_SUFFIXES]
+    others = [file for file in files if file not in texts and file.suffix.lower() not in MEDIA_SUFFIXES]
     if not media:
+        found = _counted(others)
         raise MediaNotFoundError(
-            f"{root} holds neither metadata.csv (.tsv, .json, .jsonl) nor a video or picture; "
-            f"known: {', '.join(sorted(MEDIA_SUFFIXES))}."
+            f"{root} holds neither metadata.csv (.tsv, .json, .jsonl) nor a video or picture that is read"
+            f"{f', but {found}' if found else ''}; known: {', '.join(sorted(MEDIA_SUFFIXES))}."
         )
     for file in media:
         beside = file.with_suffix(".txt")
@@ -154,11 +191,40 @@ def _from_folder(root: Path, config: DatasetConfig) -> Listing:
         caption = _read_caption(beside) if beside in texts else ""
         item = Item(media=file, name=name, caption=_with_trigger(caption, config.trigger), place=name)
         _add(listing, item, has_caption=bool(caption), config=config)
-    for text in sorted(texts - {file.with_suffix(".txt") for file in media}):
+    strange = [file for file in others if file.suffix.lower() in OTHER_MEDIA]
+    told = {file.with_suffix(".txt") for file in (*media, *strange)}
+    for text in sorted(texts - told):
         listing.notes.append(
             Note(media=text, text="a caption without a video or picture", dataset=listing.name)
         )
+    _tell_others(listing, root, others)
     return listing
+
+
+def _tell_others(listing: Listing, root: Path, others: Sequence[Path]) -> None:
+    """Files of a folder that are not used: media that nothing reads are dropped, the rest is counted."""
+    for file in others:
+        if file.suffix.lower() in OTHER_MEDIA:
+            reason = f"{file.suffix.lower()} is not read; convert it to .png, .jpg or .mp4"
+            listing.dropped.append(Dropped(media=file, reason=reason, dataset=listing.name))
+    folders = (Path(folder, name) for folder, inner, _ in os.walk(root) for name in inner if name[0] != ".")
+    links = [folder for folder in folders if folder.is_symlink()]
+    if links:
+        text = f"{len(links)} links to folders are not followed: {', '.join(link.name for link in links[:3])}"
+        listing.notes.append(Note(media=None, text=text, dataset=listing.name))
+    if found := _counted([file for file in others if file.suffix.lower() not in OTHER_MEDIA]):
+        text = f"files of other kinds are not used: {found}"
+        listing.notes.append(Note(media=None, text=text, dataset=listing.name))
+
+
+def _counted(files: Iterable[Path]) -> str:
+    """How many files of which kind, without those that this package writes."""
+    kinds = Counter(
+        file.suffix.lower() or "no ending"
+        for file in files
+        if not (file.name.startswith(LIST_PREFIX) or file.name.endswith(OF_CACHE))
+    )
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(8))
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -201,12 +267,24 @@ def _add(listing: Listing, item: Item, *, has_caption: bool, config: DatasetConf
     listing.items.append(item)
 
 
-def _refuse_twice(listing: Listing) -> None:
+def _drop_twice(listing: Listing) -> None:
+    """A file that is listed twice is an error; another name of it, by a link, is left out and told."""
+    # The file itself stays, whatever its place, and of several links the first.
+    ordered = sorted(listing.items, key=lambda item: item.media.is_symlink())
     seen: dict[str, Item] = {}
-    for item in listing.items:
+    left = []
+    for item in ordered:
         before = seen.setdefault(os.path.realpath(item.media), item)
-        if before is not item:
+        if before is item:
+            continue
+        if before.media == item.media:
             raise ArgumentError(
                 f"{listing.source} lists {item.media.name} twice: {before.place} and {item.place}. Remove "
                 "one; repeats= shows the clips of a dataset more often."
             )
+        place = "" if item.place == item.name else f"{item.place}: "
+        reason = f"{place}it is {before.name} under another name, by a link"
+        listing.dropped.append(Dropped(media=item.media, reason=reason, dataset=listing.name))
+        left.append(item)
+    listing.items = [item for item in listing.items if item not in left]
+    listing.without_caption = [item for item in listing.without_caption if item not in left]

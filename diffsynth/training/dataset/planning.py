@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,15 @@ DROPPED_FILE = f"{LIST_PREFIX}dropped.txt"
 CAPTIONS_FILE = f"{LIST_PREFIX}captions_missing.txt"
 MAX_WORKERS = 8  # threads that read headers; ffmpeg lets go of Python's lock while it does
 DECODED_AT_ONCE = 16  # frames, so that memory stays small
-_SHOWN = 3  # reasons in an error's text
+_SHOWN = 3  # reasons in an error's text, names in a note
+# Facts of files -> what a note says of those that have them.
+ODD = {
+    "is_anamorphic": "have pixels that are not square: they get the proportions that players show",
+    "is_hdr": "are HDR (PQ or HLG), and their levels are taken as they are, which is pale and flat: convert "
+    "them to SDR first, by ffmpeg's zscale and tonemap",
+    "is_interlaced": "are interlaced: what moves has combs at its edges. Deinterlace them first, by ffmpeg "
+    "-vf bwdif",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +115,7 @@ def log_plan(plan: DatasetPlan) -> None:
     for dropped in plan.dropped:
         logger.warning("%s is not used: %s", dropped.media.name, dropped.reason)
     for note in plan.notes:
-        logger.info("%s", note)
+        logger.log(logging.WARNING if note.is_warning else logging.INFO, "%s", note)
 
 
 def _probe(listings: Sequence[Listing], workers: int | None) -> dict[Path, MediaFacts | DiffSynthError]:
@@ -158,12 +166,30 @@ def _plan_one(
         clips += made
         if text := told_of(made, known[item.media], fps):
             notes.append(Note(media=item.media, text=text, dataset=listing.name))
+    used = {clip.item.media: clip.item for clip in clips}.values()
     return DatasetPlan(
         clips=tuple(clips),
         dropped=tuple(dropped),
-        notes=tuple(notes),
+        notes=(*_of_all(listing.name, used, facts), *notes),
         num_items=len(listing.items) + len(listing.dropped),
     )
+
+
+def _of_all(
+    dataset: str, items: Iterable[Item], facts: Mapping[Path, MediaFacts | DiffSynthError]
+) -> list[Note]:
+    """What is odd in many files alike: one line of each kind."""
+    known = {file: facts[file] for item in items for file in _media_of(item)}
+    notes = []
+    for name, text in ODD.items():
+        files = [f.name for f, told in known.items() if isinstance(told, MediaFacts) and getattr(told, name)]
+        if files:
+            shown = (
+                f"{len(files)} files ({', '.join(files[:_SHOWN])}{', ...' if files[_SHOWN:] else ''}) {text}"
+            )
+            is_mended = name == "is_anamorphic"
+            notes.append(Note(media=None, text=shown, dataset=dataset, is_warning=not is_mended))
+    return notes
 
 
 def _decode(clips: Sequence[Clip]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from diffsynth.training.dataset.clips import Clip
 from diffsynth.training.dataset.columns import known_columns
@@ -50,7 +51,8 @@ def read_clip(clip: Clip) -> ClipPixels:
     for name, value in clip.item.inputs.items():
         kind = kinds[name]
         if kind == "video" and isinstance(value, Path):
-            inputs[name] = torch.from_numpy(_of_clip(clip, value, clip.input_indices[name]))
+            aspect = clip.input_aspects.get(name, 1.0)
+            inputs[name] = torch.from_numpy(_of_clip(clip, value, clip.input_indices[name], aspect))
         elif kind == "picture" and isinstance(value, Path):
             picture = _whole(clip, value) if name in OWN_SIZE else _of_clip(clip, value, (0,))[0]
             inputs[name] = torch.from_numpy(picture)
@@ -59,7 +61,7 @@ def read_clip(clip: Clip) -> ClipPixels:
             inputs[name] = [torch.from_numpy(_whole(clip, file)) for file in pictures]
         else:
             inputs[name] = value
-    video = torch.from_numpy(_of_clip(clip, clip.item.media, clip.indices))
+    video = torch.from_numpy(_of_clip(clip, clip.item.media, clip.indices, clip.pixel_aspect))
     return ClipPixels(video=video, inputs=inputs)
 
 
@@ -76,16 +78,22 @@ def read_frames(clip: Clip, numbers: Sequence[int]) -> NDArray[np.uint8]:
     Raises:
         MediaNotFoundError, MediaReadError: as `read_clip`.
     """
-    return _of_clip(clip, clip.item.media, [clip.indices[number] for number in numbers])
+    indices = [clip.indices[number] for number in numbers]
+    return _of_clip(clip, clip.item.media, indices, clip.pixel_aspect)
 
 
-def _of_clip(clip: Clip, file: Path, indices: Sequence[int]) -> NDArray[np.uint8]:
-    """Frames of a file as a clip shows them, (F, H, W, 3)."""
+def _of_clip(clip: Clip, file: Path, indices: Sequence[int], aspect: float = 1.0) -> NDArray[np.uint8]:
+    """Frames of a file, whose pixels have this width over height, as a clip shows them, (F, H, W, 3)."""
     frames = np.empty((len(indices), clip.height, clip.width, 3), dtype=np.uint8)
     for number, picture in enumerate(_pictures(file, indices)):
         if picture is None:  # the same frame again
             frames[number] = frames[number - 1]
             continue
+        if aspect != 1:  # as players show it
+            picture = picture.resize(  # noqa: PLW2901
+                (round(picture.width * max(aspect, 1.0)), round(picture.height / min(aspect, 1.0))),
+                Image.Resampling.BICUBIC,
+            )
         pixels = np.asarray(resized(picture, clip.height, clip.width, clip.resize))
         frames[number] = pixels[:, ::-1] if clip.flip else pixels
     return frames

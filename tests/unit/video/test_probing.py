@@ -13,7 +13,7 @@ from PIL import Image
 import diffsynth
 from diffsynth.errors import MediaNotFoundError, MediaReadError
 from diffsynth.video.probing import probe_media
-from tests.pictures import noise, numbered, smooth
+from tests.pictures import noise, numbered, smooth, write_odd
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm", ".gif"])
@@ -55,10 +55,36 @@ def test_a_turned_video_has_its_upright_size(degrees: int, size: tuple[int, int]
         stream = container.add_stream("libx264", rate=16)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.set_display_rotation(degrees)
+        stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
         container.mux(stream.encode(av.VideoFrame.from_ndarray(smooth(), format="rgb24")))
         container.mux(stream.encode())
     facts = probe_media(file)
     assert (facts.height, facts.width) == size == diffsynth.VideoData(file).shape()
+    assert facts.shown_size == ((128, 48) if degrees in (90, 270) else (48, 128))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize(
+    ("options", "aspect", "is_hdr", "is_interlaced"),
+    [
+        pytest.param("keyint=1", 1.0, False, False, id="plain"),
+        pytest.param("sar=4/3", 4 / 3, False, False, id="wide"),
+        pytest.param("sar=1/2", 0.5, False, False, id="narrow"),
+        pytest.param("sar=1000/1001", 1.0, False, False, id="rounding"),
+        pytest.param("sar=1/100", 1.0, False, False, id="nonsense"),
+        pytest.param("transfer=smpte2084", 1.0, True, False, id="pq"),
+        pytest.param("transfer=arib-std-b67", 1.0, True, False, id="hlg"),
+        pytest.param("transfer=bt709", 1.0, False, False, id="sdr"),
+        pytest.param("interlaced=1", 1.0, False, True, id="interlaced"),
+    ],
+)
+def test_the_header_tells_what_pixels_mean(
+    suffix: str, options: str, aspect: float, is_hdr: bool, is_interlaced: bool, tmp_path: Path
+) -> None:
+    facts = probe_media(write_odd(tmp_path / f"a{suffix}", options))
+    assert facts.pixel_aspect == pytest.approx(aspect) and facts.is_anamorphic == (aspect != 1)
+    assert (facts.is_hdr, facts.is_interlaced) == (is_hdr, is_interlaced)
+    assert facts.shown_size == {4 / 3: (48, 85), 0.5: (96, 64)}.get(aspect, (48, 64))
 
 
 def test_a_picture_is_one_upright_frame(tmp_path: Path) -> None:

@@ -205,3 +205,53 @@ def test_a_trigger_without_a_blank_behind_it_stands_there_once(
 ) -> None:
     (folder / "metadata.csv").write_text(f"file_name,text\na.mp4,{caption}\n", encoding="utf-8")
     assert [item.caption for item in items(folder, trigger=trigger)] == [caption]
+
+
+def test_files_of_a_folder_that_nothing_reads_are_told(folder: Path) -> None:
+    for name in ("train/a.txt", "b 2.txt", "deep/c.txt", "d.txt", "phone.txt", "lonely.txt"):
+        (folder / name).write_text("words")
+    for name in ("phone.heic", "deep/x.AVIF", "tape.vob", "notes.json", "a.srt", "b.srt", ".hidden.heic"):
+        (folder / name).touch()
+    for name in ("d.JPG.0123456789abcdef.tensors.safetensors", "d.JPG.tensors.pth", "diffsynth_dropped.txt"):
+        (folder / name).touch()
+    (folder / "linked").symlink_to(folder / "deep")
+    listing = list_items(DatasetConfig(path=str(folder)))
+    assert {one.media.name: one.reason for one in listing.dropped} == {
+        name: f"{ending} is not read; convert it to .png, .jpg or .mp4"
+        for name, ending in (("phone.heic", ".heic"), ("tape.vob", ".vob"), ("x.AVIF", ".avif"))
+    }
+    assert [note.text for note in listing.notes] == [
+        "a caption without a video or picture",
+        "1 links to folders are not followed: linked",
+        "files of other kinds are not used: 2 .srt, 1 .json",
+    ]
+    assert listing.notes[0].media == folder / "lonely.txt" and len(listing.items) == 4
+
+
+def test_a_folder_of_pictures_that_nothing_reads_says_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "a.heic").touch()
+    with pytest.raises(MediaNotFoundError, match=r"picture that is read, but 1 \.heic; known"):
+        items(tmp_path)
+
+
+def test_media_in_no_row_of_a_table_are_told(folder: Path) -> None:
+    (folder / "train" / "extra.mp4").touch()
+    (folder / "train" / "pose.mp4").touch()
+    (folder / "metadata.csv").write_text("file_name,text,control_video\na.mp4,a cat,pose.mp4\n")
+    (note,) = list_items(DatasetConfig(path=str(folder))).notes
+    assert note.text.endswith("are in no row of metadata.csv: extra.mp4") and note.text.startswith("1 videos")
+
+
+def test_a_second_name_of_a_file_by_a_link_is_left_out_and_told(folder: Path) -> None:
+    (folder / "train" / "0.mp4").symlink_to(folder / "train" / "a.mp4")  # in front of the file itself
+    for name in ("train/a.txt", "b 2.txt", "deep/c.txt", "d.txt"):
+        (folder / name).write_text("words")
+    listing = list_items(DatasetConfig(path=str(folder)))  # the link has no caption, and needs none
+    assert [one.media.name for one in listing.dropped] == ["0.mp4"] and not listing.without_caption
+    assert listing.dropped[0].reason == "it is train/a.mp4 under another name, by a link"
+    assert "a.mp4" in {item.media.name for item in listing.items} and len(listing.items) == 4
+    (folder / "metadata.csv").write_text("file_name,text\n0.mp4,a\na.mp4,b\n")
+    listing = list_items(DatasetConfig(path=str(folder)))
+    assert [one.reason for one in listing.dropped] == [
+        "metadata.csv line 2: it is a.mp4 under another name, by a link"
+    ]

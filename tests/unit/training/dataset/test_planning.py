@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from diffsynth.cli.app import app
 from diffsynth.errors import ArgumentError
 from diffsynth.training.dataset.clips import DatasetPlan
 from diffsynth.training.dataset.config import DatasetConfig, v1_dataset
 from diffsynth.training.dataset.planning import log_plan, plan_dataset
+from tests.pictures import write_odd
 from tests.unit.training.dataset.conftest import Dataset
 
 SIZE = ((48, 64),)
@@ -175,3 +178,25 @@ def test_decoding_finds_damage_behind_a_good_header(dataset: Dataset) -> None:
     )
     assert [clip.item.name for clip in made.clips] == ["long.mp4"]
     assert "cannot be read as a picture" in made.dropped[0].reason
+
+
+def test_odd_files_are_one_line_of_a_dataset_and_not_one_of_each(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, options in enumerate(["sar=4/3"] * 5 + ["interlaced=1"] * 2 + ["transfer=smpte2084"]):
+        write_odd(tmp_path / f"{number}.mp4", options)
+        (tmp_path / f"{number}.txt").write_text("a ball")
+    log_plan(plan(tmp_path))
+    lines = [record for record in caplog.records if "files (" in record.getMessage()]
+    assert [record.levelname for record in lines] == ["WARNING", "WARNING"], "what is mended is no warning"
+    assert "1 files (7.mp4) are HDR" in caplog.text and "2 files (5.mp4, 6.mp4) are interlaced" in caplog.text
+    told = [str(note) for note in plan(tmp_path).notes if "not square" in str(note)]
+    assert told == [
+        f"{tmp_path.name}: 5 files (0.mp4, 1.mp4, 2.mp4, ...) have pixels that are not square: they get the "
+        "proportions that players show"
+    ]
+    shown = CliRunner().invoke(
+        app, ["dataset", "check", str(tmp_path), "--num-frames", "5", "--size", "48x64"]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert all(kind in shown.output for kind in ("not square", "are HDR", "are interlaced"))

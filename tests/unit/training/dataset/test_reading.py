@@ -15,7 +15,7 @@ from diffsynth.training.dataset.config import DatasetConfig
 from diffsynth.training.dataset.planning import plan_dataset
 from diffsynth.training.dataset.reading import read_clip, read_frames
 from diffsynth.video import load_image
-from tests.pictures import number_of
+from tests.pictures import number_of, write_odd
 from tests.unit.training.dataset.conftest import Dataset
 
 
@@ -70,3 +70,28 @@ def test_a_frame_that_cannot_be_decoded_names_its_file(dataset: Dataset) -> None
     clip.item.media.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(MediaReadError, match=r"long\.mp4"):
         read_clip(clip)
+
+
+def test_pixels_that_are_not_square_are_shown_in_their_proportions(dataset: Dataset) -> None:
+    ramp = np.broadcast_to(np.linspace(0, 255, 64)[None, :, None], (48, 64, 3)).astype(np.uint8)
+    root = dataset(("wide.mp4", "a ramp"), ("square.mp4", "a ramp"), ("narrow.mp4", "a ramp"))
+    for name, sar in (("wide", "sar=2/1"), ("square", "keyint=1"), ("narrow", "sar=1/2")):
+        write_odd(root / "train" / f"{name}.mp4", sar, [ramp] * 5)
+    config = DatasetConfig(path=str(root), num_frames=(5,), sizes=((48, 64),))
+    wide, square, narrow = plan_dataset([config], model_fps=16).clips
+    # twice as wide as tall as it is stored: the middle half of its width fills the clip
+    for clip, first in ((wide, 64), (square, 0), (narrow, 0)):
+        row = read_clip(clip).video[0, 24, :, 0].tolist()
+        assert row[0] == pytest.approx(first, abs=8) and row[-1] == pytest.approx(255 - first, abs=8)
+    assert "pixel aspect" in wide.transform() and "pixel aspect" not in square.transform()
+
+
+def test_inputs_keep_their_own_proportions(dataset: Dataset) -> None:
+    ramp = np.broadcast_to(np.linspace(0, 255, 64)[None, :, None], (48, 64, 3)).astype(np.uint8)
+    root = dataset(("square.mp4", "a ramp", "wide.mp4"), header=("file_name", "text", "control_video"))
+    write_odd(root / "train" / "square.mp4", "keyint=1", [ramp] * 5)
+    write_odd(root / "train" / "wide.mp4", "sar=2/1", [ramp] * 5)
+    clip = clip_of(root)
+    pixels = read_clip(clip)
+    assert pixels.video[0, 24, 0, 0] < 8 and 56 < pixels.inputs["control_video"][0, 24, 0, 0] < 72
+    assert clip.transform()["pixel aspect of control_video"] == 2.0
