@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from diffsynth.training.dataset.clips import Clip
 from diffsynth.training.dataset.columns import known_columns
@@ -89,11 +88,9 @@ def _of_clip(clip: Clip, file: Path, indices: Sequence[int], aspect: float = 1.0
         if picture is None:  # the same frame again
             frames[number] = frames[number - 1]
             continue
-        if aspect != 1:  # as players show it
-            picture = picture.resize(  # noqa: PLW2901
-                (round(picture.width * max(aspect, 1.0)), round(picture.height / min(aspect, 1.0))),
-                Image.Resampling.BICUBIC,
-            )
+        if aspect != 1:
+            shown = round(picture.height / min(aspect, 1.0)), round(picture.width * max(aspect, 1.0))
+            picture = resized(picture, *shown, "stretch")  # noqa: PLW2901
         pixels = np.asarray(resized(picture, clip.height, clip.width, clip.resize))
         frames[number] = pixels[:, ::-1] if clip.flip else pixels
     return frames
