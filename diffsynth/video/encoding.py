@@ -35,6 +35,9 @@ _QUALITY_OPTION = MappingProxyType(
 )
 _EXTRA = MappingProxyType(
     {
+        # On CPUs with AVX-512 libx264 reads memory that nobody wrote (mbtree, where a row is no multiple of 8
+        # blocks of 16 pixels), and the same frames make other files each time. Its plain C does not.
+        "libx264": {"x264-params": "cpu-independent=1"},
         "libx265": {"x265-params": "log-level=error"},
         "libvpx-vp9": {
             "b": "0",

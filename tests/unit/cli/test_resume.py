@@ -8,13 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from diffsynth import VideoData, read_metadata, save_video
+from diffsynth import VideoData, save_video
 from diffsynth.cli.flags import FLAGS
 from diffsynth.cli.generate_task import Picked
 from diffsynth.cli.naming import Reserved
@@ -27,8 +26,7 @@ from tests.stopping import stopping_before
 from tests.unit.cli.running import Ran, Shell
 from tests.unit.lora.files import comfy_file
 
-# crf 0 loses nothing: files are compared by what was decoded, whatever the encoder decided under load
-SEEDED = ("--seed", 3, "--steps", 4, "--num-frames", 5, "--crf", 0, "--save-every", 1)
+SEEDED = ("--seed", 3, "--steps", 4, "--num-frames", 5, "--save-every", 1)
 
 
 @pytest.fixture
@@ -54,10 +52,6 @@ def dies(make: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, *arguments: 
     word = ran.err.split("diffsynth generate --resume ")[1].split()[0]
     assert "2 steps are kept in" in ran.err
     return Path(word)
-
-
-def frames_of(path: Path) -> list[np.ndarray]:
-    return [np.asarray(frame) for frame in VideoData(path)]
 
 
 def names(folder: Path) -> list[str]:
@@ -96,10 +90,7 @@ def test_a_run_that_died_goes_on_with_nothing_but_its_file(
     whole = [name for name in names(tmp_path) if name.startswith("whole")]
     assert names(tmp_path) == sorted([*whole, *(name.replace("whole", "video") for name in whole)])
     for path in tmp_path.glob("whole*.mp4"):
-        other = path.with_name(path.name.replace("whole", "video"))
-        assert np.array_equal(frames_of(path), frames_of(other)) and read_metadata(path) == read_metadata(
-            other
-        )
+        assert path.with_name(path.name.replace("whole", "video")).read_bytes() == path.read_bytes()
 
 
 def test_loras_inputs_and_a_drawn_seed_are_found_again(
@@ -113,7 +104,7 @@ def test_loras_inputs_and_a_drawn_seed_are_found_again(
     file = dies(make, monkeypatch, *inputs)
     monkeypatch.chdir("/")
     assert shell("generate", "--resume", file, "--quiet").status == 0
-    assert np.array_equal(frames_of(tmp_path / "whole.mp4"), frames_of(tmp_path / "video.mp4"))
+    assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "video.mp4").read_bytes()
     monkeypatch.chdir(tmp_path)
     file = dies(make, monkeypatch, *inputs, out="again.mp4")
     comfy_file(lora, {"blocks.0.self_attn.q": (48, 48)})
@@ -136,7 +127,7 @@ def test_what_would_make_another_run_is_named_and_the_rest_is_free(
             (("a blue circle",), "the prompt is 'a blue circle' and the run's is 'a red circle'"),
             (("--steps", 5, "--seed", 4), "--seed is 4 and the run's is 3; --num-inference-steps is 5 and"),
             (("--sampler", "dpm++"), "--sampler is dpm++ and the run's is not given"),
-            (("--crf", 20), "--crf is 20.0 and the run's is 0.0"),
+            (("--crf", 20), "--crf is 20.0 and the run's is not given"),
             (("--no-tiled",), "--tiled is False and the run's is not given"),
             (("--preview",), "--preview is True and the run's is False"),
             (("--size", "64*64"), "--size is part of a line that begins a run"),
@@ -201,7 +192,7 @@ def test_a_foreign_file_opens_nothing_that_is_not_at_hand_or_named(
     own_cache: Path,
 ) -> None:  # fmt: skip
     assert make(out="whole.mp4").status == 0
-    expected = frames_of(tmp_path / "whole.mp4")
+    expected = (tmp_path / "whole.mp4").read_bytes()
     file = dies(make, monkeypatch)
     (own_cache / "diffsynth" / "steps.key").unlink()  # as on another machine
     precious = tmp_path / "precious.mp4"
@@ -215,7 +206,7 @@ def test_a_foreign_file_opens_nothing_that_is_not_at_hand_or_named(
         assert not (own_cache / "diffsynth" / "steps.key").exists()
     ran = shell("generate", "--resume", file, "--model", toy_folder)
     assert ran.status == 0, ran.err
-    assert precious.read_text() == "mine" and np.array_equal(frames_of(tmp_path / "precious_2.mp4"), expected)
+    assert precious.read_text() == "mine" and (tmp_path / "precious_2.mp4").read_bytes() == expected
     file = rewritten(dies(make, monkeypatch), run_id="01234567")
     at_hand = shutil.copytree(toy_folder, tmp_path / "at hand")
     rewritten(file, values={"model": [str(at_hand)]})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -24,6 +26,28 @@ from diffsynth.video import (
 )
 from diffsynth.video.encoding import choose_encoding
 from tests.pictures import noise, numbered, numbered_frame, smooth
+
+SAME_FRAMES = """
+import sys
+from diffsynth import save_video
+from tests.pictures import smooth, noise
+save_video([smooth(48, 80), noise(48, 80), smooth(48, 80)] * 3, sys.argv[1])
+"""
+
+
+def test_the_same_frames_make_the_same_file_whatever_memory_held_before(tmp_path: Path) -> None:
+    made = []
+    for filling in ("1", "170"):  # glibc fills memory that is given out with such bytes
+        path = tmp_path / f"{filling}.mp4"
+        environment = {**os.environ, "MALLOC_PERTURB_": filling}
+        subprocess.run(
+            [sys.executable, "-c", SAME_FRAMES, path],
+            env=environment,
+            cwd=Path(__file__).parents[3],
+            check=True,
+        )
+        made.append(path.read_bytes())
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.m4v", "a.mov", "a.mkv", "a.webm", "a.gif", "A.MP4"])
