@@ -252,8 +252,16 @@ def test_script_runs_or_names_what_is_missing(script: Script, shelf: Shelf, tmp_
         run(script, shelf.root, tmp_path)
 
 
-def test_there_are_34_of_them() -> None:
+def test_the_page_tells_of_each_whether_it_runs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "diffsynth_studio.md").read_text("utf-8")
+    table = page.partition("## The 34 Wan scripts")[2]
+    lines = [line.strip("| ").partition(" | ") for line in table.splitlines() if line.startswith("| ")]
+    told = {name: what for names, _, what in lines[1:] for name in names.split(", ")}
     assert len({script.name for script in SCRIPTS}) == len(SCRIPTS) == 34
+    assert {script.name: script.refused is None for script in SCRIPTS} == {
+        name: what == "runs" for name, what in told.items()
+    }
+    assert f"{sum(script.refused is None for script in SCRIPTS)} go through" in page
 
 
 def pipeline(shelf: Shelf, configs: list[ModelConfig], **more: Any) -> WanVideoPipeline:
@@ -317,6 +325,8 @@ def test_placements_of_2x_are_an_arrangement_of_ours_and_change_no_video(
         ({"quantize": object()}, r"ModelConfig\(quantize=...\) is not in this version"),
         ({"clear_parameters": True}, "clear_parameters"),
         ({"model_id": None}, "ModelConfig names no model"),
+        ({"model_id": "../../etc"}, "names '../../etc'; an id and its files"),
+        ({"origin_file_pattern": "/etc/*"}, "names '/etc/.*give path="),
         (
             {"download_source": "moon", "skip_download": False, "local_model_path": "no"},
             "is 'moon'; give 'mod",
@@ -401,6 +411,9 @@ def test_a_config_finds_its_files(shelf: Shelf, monkeypatch: pytest.MonkeyPatch)
             lambda: WanVideoPipeline.from_pretrained(shelf.root / T2V, tokenizer_config=whole),
             "tokenizer_path",
         ),
+        (lambda: pipeline(shelf, []), "model_configs is empty"),
+        (lambda: WanVideoPipeline.from_pretrained(torch.bfloat16), "path is torch.bfloat16"),  # type: ignore[arg-type]
+        (lambda: pipeline(shelf, [whole], tokenizer_config="x"), "tokenizer_config is 'x'"),
         (lambda: pipeline(shelf, ["x"]), "model_configs holds 'x'"),  # type: ignore[list-item]
     ):
         check: Callable[[], object] = wrong

@@ -7,6 +7,7 @@ limit, call by call; what is left of the eight fields is where weights rest, in 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -23,6 +24,8 @@ from diffsynth.models.model_manager import ModelManager, resolved_device
 from diffsynth.ops.fp8 import FP8, dtype_name
 from diffsynth.pipelines.memory import MemoryLimits
 from diffsynth.pipelines.model_config import ModelConfig, locate
+
+logger = logging.getLogger("diffsynth")
 
 DISK = "disk"  # 2.x's word, for a device and for a dtype
 TOKENIZER = ModelConfig(model_id="Wan-AI/Wan2.1-T2V-1.3B", origin_file_pattern="google/umt5-xxl/")
@@ -60,6 +63,8 @@ def load_configs(
         As `ModelManager.load_models`.
     """
     given = [configs] if isinstance(configs, ModelConfig) else list(configs)
+    if not given:
+        raise ArgumentError("model_configs is empty; give ModelConfig(...) for each model.")
     for config in given:
         _check(config)
     arrangement = arrange(given, torch_dtype, device, vram_limit)
@@ -213,22 +218,25 @@ def _tokenizer(
 ) -> str | None:
     """Where the tokenizer is, if not beside the text encoder: where it was told, or where 1.1.8 puts it."""
     entry = next((e for e in manager.loaded if e.name == "wan_video_text_encoder"), None)
+    if told is not None and not isinstance(told, ModelConfig):
+        raise ArgumentError(f"tokenizer_config is {told!r}; give ModelConfig(...), or tokenizer_path=PATH.")
     if entry is None:
         return None
     usual = ModelConfig(
         model_id=TOKENIZER.model_id, origin_file_pattern=TOKENIZER.origin_file_pattern,
         local_model_path=next((c.local_model_path for c in configs if c.model_id), None),
     )  # fmt: skip
-    for config in (told, usual):
+    is_beside = _lies_beside(entry.paths[0]) or entry.match.attachments is not None
+    for config in (told, None if is_beside else usual):
         found = None if config is None else config.found()
         if found is not None:
-            path = found if isinstance(found, str) else found[0]
-            if config is told or not _lies_beside(entry.paths[0]):
-                return path
-    if _lies_beside(entry.paths[0]) or entry.match.attachments is not None:
+            return found if isinstance(found, str) else found[0]
+    if is_beside:
+        if told is not None:
+            logger.warning("The tokenizer of tokenizer_config is not here: that beside the encoder is read.")
         return None
-    config = told or usual
-    return str(locate([config], allow=download)[0])
+    [path] = locate([told or usual], allow=download)
+    return path if isinstance(path, str) else path[0]
 
 
 def _lies_beside(text_encoder: Path) -> bool:

@@ -120,6 +120,12 @@ class ModelConfig:
                 "ModelConfig names no model; give path=FILE, or model_id=ORGANISATION/REPOSITORY and "
                 "origin_file_pattern=FILES."
             )
+        for name in (self.model_id, *self.patterns):
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise ArgumentError(
+                    f"ModelConfig names {name!r}; an id and its files lie inside of local_model_path. For "
+                    "files elsewhere give path=."
+                )
         folder = self.root / self.model_id
         if not self.patterns:
             return str(folder) if folder.is_dir() and any(folder.iterdir()) else None

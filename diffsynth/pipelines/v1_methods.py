@@ -117,6 +117,8 @@ class V1Methods:
             pixels = input_video
         else:
             frames = list(input_video)
+            if not frames:
+                raise ArgumentError("input_video holds no frame.")
             width, height = frames[0].size
             pixels = frames_to_tensor(frames, height, width)
         with self._alone(), self._residency.use("vae"):
@@ -158,18 +160,19 @@ class V1Methods:
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         return torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)
 
-    def load_models_to_device(self, loadmodel_names: Sequence[str] = ()) -> None:
+    def load_models_to_device(self, loadmodel_names: str | Sequence[str] = ()) -> None:
         """Bring these networks to the device, and let all others rest where they were loaded to.
 
         Raises:
             ArgumentError: for a name that is none of v1's.
         """
-        if unknown := [name for name in loadmodel_names if name not in ON_DEVICE]:
+        names = [loadmodel_names] if isinstance(loadmodel_names, str) else list(loadmodel_names)
+        if unknown := [name for name in names if name not in ON_DEVICE]:
             raise ArgumentError(
                 f"load_models_to_device names {', '.join(map(repr, unknown))}; known: {', '.join(ON_DEVICE)}."
             )
         with self._alone():
-            self._residency.enter(*(ON_DEVICE[name] for name in loadmodel_names))
+            self._residency.enter(*(ON_DEVICE[name] for name in names))
 
     def enable_cpu_offload(self) -> None:
         """Let all weights rest on the host; each network comes to the device for its phase."""

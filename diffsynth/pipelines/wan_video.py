@@ -153,6 +153,8 @@ class WanVideoPipeline(NetworkAttributes, LoRAMethods, ExpertMethods, V1Methods)
             raise ArgumentError(NO_USP)
         if (path is None) == (model_configs is None):
             raise ArgumentError("Give path=, or model_configs=[ModelConfig(...), ...]: one of them.")
+        if isinstance(path, torch.dtype):
+            raise ArgumentError(f"path is {path}; give torch_dtype= and what follows it by their names.")
         if path is not None:
             if tokenizer_config is not None:
                 raise ArgumentError("tokenizer_config= belongs to model_configs=; give tokenizer_path=.")
