@@ -6,6 +6,7 @@ those about files from `OSError` or `FileNotFoundError`, so that ordinary ``exce
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -14,6 +15,13 @@ from pathlib import Path
 
 def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+
+
+def absence(path: object) -> str:
+    """Why there is no file of this name: it does not exist, or it is an address."""
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(path)):
+        return "is an address, and nothing is read from addresses: download it first"
+    return "does not exist"
 
 
 class DiffSynthError(Exception):
@@ -99,6 +107,9 @@ class UnsafeCheckpointError(CheckpointError, ValueError):
     """A pickle that asks for more than tensors; nothing of it was run."""
 
 
+INSPECT_HINT = " To see what is inside: diffsynth inspect FILE."
+
+
 class UnknownCheckpointError(CheckpointError, ValueError):
     """A file whose tensors match no row of the registry."""
 
@@ -106,8 +117,7 @@ class UnknownCheckpointError(CheckpointError, ValueError):
         near = f"Nearest is {nearest!r}, which also needs {_some(missing)}. " if nearest else ""
         super().__init__(
             f"{path} holds {num_tensors} tensors that match no known model. {near}If the model is split over "
-            "several files, pass them as one inner list: load_models([[part1, part2]]). "
-            "To see what is inside: diffsynth inspect FILE."
+            f"several files, pass them as one inner list: load_models([[part1, part2]]).{INSPECT_HINT}"
         )
 
 

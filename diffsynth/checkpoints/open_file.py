@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffsynth.checkpoints.mapped import FileHeader
 from diffsynth.checkpoints.safetensors_file import read_safetensors_header
-from diffsynth.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedModelError
+from diffsynth.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedModelError, absence
 
 RESAVE = 'torch.save(torch.load("OLD.pth", map_location="cpu", weights_only=True), "NEW.pth")'
 
@@ -70,6 +70,11 @@ def _refuse_other_kinds(path: Path, start: bytes) -> None:
 
 def not_found(path: Path) -> str:
     """Say that a path does not exist, with the nearest name in its folder."""
+    if (why := absence(path)) != "does not exist":
+        return (
+            f"{path} {why}, or give the id of its repository, such as Wan-AI/Wan2.1-T2V-1.3B, with "
+            "--download (download=True in Python)."
+        )
     if path.parent.is_dir():
         near = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]!r}?" if near else "Its folder exists; look there with `ls`."

@@ -233,7 +233,7 @@ def _parameter(flag: Flag) -> inspect.Parameter:
     default: Any = list(flag.default) if isinstance(flag.default, tuple) else flag.default
     option = typer.Option(
         default, *spellings, help=flag.help, rich_help_panel=flag.panel, show_default=False,
-        hidden=flag.is_hidden,
+        hidden=flag.is_hidden, metavar="HEIGHT WIDTH" if flag.kind == tuple[int, int] else None,
     )  # fmt: skip
     annotation = flag.kind if flag.default is not None else flag.kind | None
     return inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)

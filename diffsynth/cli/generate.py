@@ -197,7 +197,11 @@ def _check(values: Mapping[str, Any], arguments: dict[str, Any], loras: Sequence
         OutputPathError: when a path cannot be written.
         ArgumentError: for several frames in a picture, or what the encoder or the file cannot take.
     """
+    from diffsynth.pipelines.argument_checks import check_numbers, check_seed
+
     check_save_every(values["save_every"])
+    check_numbers(arguments)
+    check_seed(arguments.get("seed"), arguments.get("num_videos_per_prompt", 1))
     out = values["out"] or USUAL_OUT
     if values["preview"]:
         arguments.setdefault("num_videos_per_prompt", NUM_SEEDS)
@@ -311,7 +315,10 @@ def _load(values: Mapping[str, Any]) -> WanVideoPipeline:
     chosen: Any = paths or str(tiny_folder())
     dtype: str = values["dtype"] or ("bfloat16" if paths else "float32")
     limits = _limits(values)
-    device = resolved_device(values["device"] or (None if paths else "cpu"))
+    asked = values["device"]
+    device = resolved_device(asked if asked is not None or paths else "cpu")
+    if device.type == "meta":
+        raise ArgumentError("--device is meta, which computes nothing; give cpu or cuda.")
     # Within limits networks rest on the host and come to the device for their turn.
     rests = bool(limits) or values["offload"] or values["t5_cpu"]
     manager = ModelManager(getattr(torch, TORCH_NAMES.get(dtype, dtype)), "cpu" if rests else device)

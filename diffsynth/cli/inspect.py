@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from diffsynth.checkpoints.architecture import Match
 from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.detect import detect
 from diffsynth.checkpoints.files import FileGroup, PathLike, group_files
-from diffsynth.errors import CheckpointError
+from diffsynth.errors import INSPECT_HINT, CheckpointError
 from diffsynth.models.registry import ARCHITECTURES
 
 _SHOWN = 12  # names listed before "..."
@@ -50,7 +51,15 @@ def _report(group: FileGroup) -> Report:
         contents = _folded(checkpoint)
         return Report(paths=paths, matches=detect(checkpoint, ARCHITECTURES))
     except CheckpointError as error:
-        return Report(paths=paths, error=str(error), contents=contents)
+        return Report(paths=paths, error=_error(error, contents, paths[0]), contents=contents)
+
+
+def _error(error: CheckpointError, contents: Sequence[str], path: str) -> str:
+    """Why a file is no model, and what can be done with it instead."""
+    if any(line.startswith("latents ") for line in contents):
+        command = shlex.join(["diffsynth", "decode", path])
+        return f"Latents of a run, no model; this command makes the video of them: {command}"
+    return str(error).removesuffix(INSPECT_HINT)
 
 
 def _folded(checkpoint: Checkpoint) -> list[str]:

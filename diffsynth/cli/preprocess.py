@@ -14,6 +14,7 @@ from diffsynth.cli.naming import Names, naming_of, reserved
 from diffsynth.cli.output import FPS, PICTURE_SUFFIXES, as_spelled, log_to_stderr
 from diffsynth.errors import ArgumentError
 from diffsynth.video import VideoData, VideoWriter, load_image, picture_size
+from diffsynth.video.encoding import frame_rate
 from diffsynth.video.images import write_image
 from diffsynth.video.paths import VIDEO_SUFFIXES
 from diffsynth.video.preprocess import TASKS, Options, preprocess
@@ -49,6 +50,12 @@ def run_preprocess(request: PreprocessRequest) -> None:
     is_picture = request.out.suffix.lower() in PICTURE_SUFFIXES
     if is_picture and request.fps is not None:
         raise ArgumentError(f"{request.out} is a picture; --fps is for videos.")
+    if request.fps is not None:
+        frame_rate(request.fps)
+    if request.options.device != Options().device:
+        from diffsynth.ops.devices import known_device
+
+        known_device(request.options.device, "--device")
     names = Names(
         out=request.out, naming=naming_of(is_named=True, overwrite=request.overwrite),
         inputs=[each for each in (request.source, request.boxes, request.options.model) if each is not None],

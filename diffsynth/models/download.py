@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from diffsynth.checkpoints.files import SUFFIXES
@@ -13,6 +14,7 @@ from diffsynth.errors import ArgumentError, CheckpointNotFoundError
 logger = logging.getLogger("diffsynth")
 
 SITES = ("ModelScope", "HuggingFace")
+_SHOWN = 240  # letters of what a site's client answered
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -106,14 +108,23 @@ def _download(model_id: str, patterns: list[str] | None, folder: Path, sites: Se
             f"downloading_priority is {list(sites)}; give {' and '.join(SITES)} in the order you like."
         )
     answers = []
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
     for site in sites:
         try:
             logger.info("Downloading %s from %s into %s", model_id, site, folder)
             return Path(_snapshot(site, model_id, patterns, folder))
         except Exception as error:  # each hub's client has errors of its own; the next site may have it
-            logger.warning("%s did not give %s: %s", site, model_id, error)
-            answers.append(f"{site}: {error or type(error).__name__}")
+            answers.append(f"{site}: {_shortened(str(error) or type(error).__name__)}")
+    for place in new:  # what the clients made and left empty; the innermost is first
+        with suppress(OSError):
+            place.rmdir()
     raise CheckpointNotFoundError(f"{model_id} could not be downloaded. " + "; ".join(answers))
+
+
+def _shortened(answer: str) -> str:
+    """What a client said, in one line."""
+    text = " ".join(answer.split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
 
 
 def _snapshot(site: str, model_id: str, patterns: list[str] | None, folder: Path) -> str:

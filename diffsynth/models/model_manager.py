@@ -26,6 +26,7 @@ from diffsynth.lora.matching import LoRAReport
 from diffsynth.models.lora_experts import Expert, PerExpert
 from diffsynth.models.loras import LoRAs, Mode, Weight
 from diffsynth.models.registry import ARCHITECTURES
+from diffsynth.ops.devices import known_device
 from diffsynth.ops.fp8 import FP8, dtype_name
 from diffsynth.ops.fp8_policy import fp8_summary
 
@@ -301,17 +302,12 @@ def _storage_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
 
 def resolved_device(device: Device | None) -> torch.device:
     """The device that is meant: None is a GPU if there is one; one that is not there is an ArgumentError."""
-    has_cuda = torch.cuda.is_available()
     if device is None or isinstance(device, _DefaultDevice):
+        has_cuda = torch.cuda.is_available()
         chosen = torch.device("cuda" if has_cuda else "cpu")
         logger.info("device: %s (%s)", chosen, "a GPU was found" if has_cuda else "no GPU was found")
         return chosen
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and not has_cuda:
-        raise ArgumentError(
-            f"device is {str(device)!r}, but torch finds no GPU. Use device='cpu', or None to choose."
-        )
-    return chosen
+    return known_device(device)
 
 
 def _recognised(checkpoints: Sequence[Checkpoint]) -> list[Match]:

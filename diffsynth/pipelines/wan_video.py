@@ -18,6 +18,7 @@ from diffsynth.denoising.loop import Guidance, OnStep, denoise
 from diffsynth.errors import ArgumentError, BusyPipelineError, MissingModelError
 from diffsynth.models.download import local_paths
 from diffsynth.models.model_manager import ModelManager
+from diffsynth.ops.devices import known_device
 from diffsynth.ops.fp8 import Compute
 from diffsynth.pipelines.components import PipelineComponents, collect
 from diffsynth.pipelines.course import Course, plot_course
@@ -102,11 +103,7 @@ class WanVideoPipeline(NetworkAttributes, LoRAMethods, ExpertMethods, V1Methods)
         """
         if use_usp:
             raise ArgumentError(NO_USP)
-        place = torch.device(model_manager.device if device is None else device)
-        if place.type == "cuda" and not torch.cuda.is_available():
-            raise ArgumentError(
-                f"device is {str(place)!r} but this machine has no usable CUDA GPU; give device='cpu'."
-            )
+        place = known_device(model_manager.device if device is None else device)
         dtype = torch_dtype or model_manager.torch_dtype or torch.float32
         parts = collect(model_manager, device=place, dtype=dtype, dit=dit, tokenizer_path=tokenizer_path)
         return cls(parts, precision)

@@ -30,6 +30,7 @@ from diffsynth.models.model_manager import ModelManager
 from diffsynth.models.registry import ARCHITECTURES
 from diffsynth.models.wan.dit import WanDiT
 from diffsynth.models.wan.dit_config import VAE22_CHANNELS
+from diffsynth.ops.devices import known_device
 from diffsynth.pipelines.components import ENCODERS, PipelineComponents, collect
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.training.cache_facts import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, TI2V_5B, DiTFacts, assuming
@@ -75,10 +76,7 @@ def resolved_device(asked: str | None) -> torch.device:
     """The device that is meant; None is a GPU if there is one."""
     if asked is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(asked)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError(f"model.device is {asked!r}, but torch finds no GPU; leave it out, or give cpu.")
-    return device
+    return known_device(asked, "model.device")
 
 
 def facts_of(sources: ModelSources) -> DiTFacts:

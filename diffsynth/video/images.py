@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffsynth.errors import ArgumentError, MediaNotFoundError, MediaReadError, OutputPathError
+from diffsynth.errors import ArgumentError, MediaNotFoundError, MediaReadError, OutputPathError, absence
 from diffsynth.video.paths import IMAGE_SUFFIXES, check_output_path, write_whole
 from diffsynth.video.pixels import Frame, Frames, as_rgb8, frames_to_tensor, iterate_frames
 from diffsynth.video.plain import plain_picture
@@ -99,7 +99,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         MediaReadError: when it is no picture.
     """
     if not Path(path).is_file():
-        raise MediaNotFoundError(f"{path} does not exist; give the path of a picture.")
+        raise MediaNotFoundError(f"{path} {absence(path)}; give the path of a picture.")
     try:
         with Image.open(path) as image:
             pixels, changes = plain_picture(image)

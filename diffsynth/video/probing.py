@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from diffsynth.errors import MediaNotFoundError, MediaReadError
+from diffsynth.errors import MediaNotFoundError, MediaReadError, absence
 from diffsynth.video.images import UNREADABLE_PICTURE
 from diffsynth.video.pixels import picture_size
 from diffsynth.video.reading import PICTURE_SUFFIXES, VideoFile
@@ -62,7 +62,7 @@ def probe_media(path: str | os.PathLike[str]) -> MediaFacts:
     try:
         num_bytes = file.stat().st_size
     except OSError:
-        raise MediaNotFoundError(f"{path} does not exist; give the path of a picture or video.") from None
+        raise MediaNotFoundError(f"{path} {absence(path)}; give the path of a picture or video.") from None
     if not file.is_file():
         raise MediaReadError(f"{path} is no file; give a picture or video.")
     if not num_bytes:

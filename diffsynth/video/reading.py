@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from diffsynth.errors import ArgumentError, MediaNotFoundError, MediaReadError, UnknownArgumentError
+from diffsynth.errors import ArgumentError, MediaNotFoundError, MediaReadError, UnknownArgumentError, absence
 from diffsynth.video.encoding import scaling
 from diffsynth.video.images import save_frames
 from diffsynth.video.pixels import cover
@@ -201,7 +201,7 @@ class VideoFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise MediaNotFoundError(f"{path} does not exist; give the path of a video file.")
+            raise MediaNotFoundError(f"{path} {absence(path)}; give the path of a video file.")
         self.files: Sequence[Path] = [self.path]
         self._open()
         rate = self._stream.average_rate or self._stream.guessed_rate

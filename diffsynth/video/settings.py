@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from diffsynth.errors import ArgumentError, MediaNotFoundError, MediaReadError
+from diffsynth.errors import ArgumentError, MediaNotFoundError, MediaReadError, absence
 from diffsynth.video.paths import IMAGE_SUFFIXES
 
 TAG = "comment"
@@ -71,7 +71,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, object]:
     """
     path = Path(path)
     if not path.is_file():
-        raise MediaNotFoundError(f"{path} does not exist; give the path of a video or picture.")
+        raise MediaNotFoundError(f"{path} {absence(path)}; give the path of a video or picture.")
     is_picture = path.suffix.lower() in (*IMAGE_SUFFIXES, ".gif")
     text = _picture_comment(path) if is_picture else _video_comment(path)
     try:

@@ -54,6 +54,30 @@ def test_a_download_that_fails_says_what_each_site_answered(
         ModelManager(device="cpu", model_id_list=["a/b"])
 
 
+def test_a_download_that_fails_is_told_once_and_leaves_no_empty_folders(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def snapshot_download(model_id: str, local_dir: str, allow_patterns: list[str] | None = None) -> str:
+        Path(local_dir).mkdir(parents=True, exist_ok=True)  # as the clients do before they ask
+        raise OSError("Name or service\nnot known " * 100)
+
+    for module in ("modelscope", "huggingface_hub"):
+        fake = types.ModuleType(module)
+        fake.snapshot_download = snapshot_download  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module, fake)
+    with pytest.raises(CheckpointNotFoundError) as error:
+        ModelManager(device="cpu", model_id_list=["a/b"])
+    told = str(error.value)
+    assert len(told) < 700 and "\n" not in told and "Name or service" not in caplog.text
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "models").mkdir()
+    with pytest.raises(CheckpointNotFoundError):
+        ModelManager(device="cpu", model_id_list=["a/b"])
+    assert [path.name for path in tmp_path.iterdir()] == ["models"], "what was there stays"
+
+
 @pytest.mark.parametrize(
     ("ids", "sites"),
     [(["Wan2.1"], ["ModelScope"]), (["../x"], ["ModelScope"]), (["a/b"], ["Mars"]), (["a/b"], [])],
