@@ -122,6 +122,16 @@ class Components(Protocol):
     @property
     def vae(self) -> VAELike | None: ...
 
+    def encode_video(
+        self,
+        video: Tensor,
+        *,
+        tile_size: tuple[int, int] | None = None,
+        tile_stride: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Latents of a video that lies anywhere, on the device; in tiles if asked for or where they fit."""
+        ...
+
 
 class Conditioner(Protocol):
     """One kind of input. It may also be a `SizeChecker`."""

@@ -73,7 +73,5 @@ class ControlConditioner:
         assert parts.vae is not None and inputs.control_video is not None
         video = clip_to_tensor(inputs.control_video, geometry, name="control_video", fit=inputs.fit)
         with torch.no_grad():
-            plane = parts.vae.encode(
-                video.to(parts.device), tile_size=inputs.tile_size, tile_stride=inputs.tile_stride
-            )
+            plane = parts.encode_video(video, tile_size=inputs.tile_size, tile_stride=inputs.tile_stride)
         return Contribution(planes={"control": (plane.expand(geometry.num_videos, -1, -1, -1, -1), None)})

@@ -263,9 +263,7 @@ class ImageConditioner:
 
         assert parts.vae is not None
         with torch.no_grad():
-            return parts.vae.encode(
-                video.to(parts.device), tile_size=inputs.tile_size, tile_stride=inputs.tile_stride
-            )
+            return parts.encode_video(video, tile_size=inputs.tile_size, tile_stride=inputs.tile_stride)
 
 
 class ImageTokensConditioner:

@@ -73,6 +73,6 @@ class ReferenceConditioner:
                 name="reference_image", advice=ADVICE,
             )  # fmt: skip
         with torch.no_grad():
-            latents = parts.vae.encode(picture.to(parts.device))
+            latents = parts.encode_video(picture)
         given = Reference(latents=latents.expand(geometry.num_videos, -1, -1, -1, -1))
         return Contribution(adapters={"reference": (given, None)})

@@ -168,9 +168,7 @@ class VaceConditioner:
         def encoded(video: Tensor) -> Tensor:
             assert parts.vae is not None
             with torch.no_grad():
-                return parts.vae.encode(
-                    video.to(parts.device), tile_size=inputs.tile_size, tile_stride=inputs.tile_stride
-                )
+                return parts.encode_video(video, tile_size=inputs.tile_size, tile_stride=inputs.tile_stride)
 
         video, mask = _video_and_mask(inputs, geometry)
         if video is None:

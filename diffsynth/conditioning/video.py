@@ -67,9 +67,7 @@ class VideoConditioner:
         assert parts.vae is not None and inputs.input_video is not None
         video = clip_to_tensor(inputs.input_video, geometry, name="input_video", fit=self._fit(inputs))
         with torch.no_grad():
-            start = parts.vae.encode(
-                video.to(parts.device), tile_size=inputs.tile_size, tile_stride=inputs.tile_stride
-            )
+            start = parts.encode_video(video, tile_size=inputs.tile_size, tile_stride=inputs.tile_stride)
         return Contribution(latents=LatentPlan(start=start.expand(geometry.num_videos, -1, -1, -1, -1)))
 
     @staticmethod

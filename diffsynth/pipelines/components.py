@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from diffsynth.checkpoints.hints import tells_few_steps
 from diffsynth.conditioning.tokenizer import Tokenizer, find_tokenizer
@@ -21,6 +22,8 @@ from diffsynth.models.wan.image_encoder import WanImageEncoder
 from diffsynth.models.wan.text_encoder import WanTextEncoder
 from diffsynth.models.wan.vae_coding import CausalVAE
 from diffsynth.pipelines.adapters import with_adapters
+from diffsynth.pipelines.rungs import Tiling
+from diffsynth.pipelines.vae_encoding import VideoEncoder
 from diffsynth.vram_management.plan import DiTSizes
 
 logger = logging.getLogger("diffsynth")
@@ -56,6 +59,30 @@ class PipelineComponents:
     )  # defaults of pipe() that the checkpoint carries
     sources: dict[str, str] = field(default_factory=dict)  # part -> file, for describe()
     few_step: frozenset[str] = frozenset()  # DiTs whose name or metadata says that they were step-distilled
+
+    # How the VAE codes in the call under way: what `tiled` asked, and whether by plan the whole is too large.
+    tiled: bool | None = None
+    tiled_by_plan: bool = False
+
+    def encode_video(
+        self,
+        video: Tensor,
+        *,
+        tile_size: tuple[int, int] | None = None,
+        tile_stride: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Return latents (B, C, T, h, w) float32 on the device; see `VideoEncoder.latents`.
+
+        Args:
+            video: (B, 3, F, H, W), which may lie on the host.
+            tile_size: height and width of a tile in latent positions; None leaves it to what fits.
+            tile_stride: distance between tiles.
+        """
+        assert self.vae is not None
+        tiling = Tiling(self.tiled) if tile_size is None else Tiling(True, tile_size, tile_stride)
+        by_plan = self.tiled_by_plan
+        encoder = VideoEncoder(vae=self.vae, device=self.device, tiling=tiling, tiled_by_plan=by_plan)
+        return encoder.latents(video)
 
     @property
     def planes(self) -> Mapping[str, int]:

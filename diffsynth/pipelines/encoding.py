@@ -37,6 +37,7 @@ def encode_request(
         staying: networks that stay on the device all the while.
     """
     contributions: dict[str, Contribution] = {}
+    parts.tiled = request.options.tiled
     encoders = dict.fromkeys(CONDITIONERS[name].encoder for name in request.inputs)
     for encoder in encoders:
         group = {n: inputs for n, inputs in request.inputs.items() if CONDITIONERS[n].encoder == encoder}
@@ -103,7 +104,5 @@ class EncodingSession:
         """
         if self._parts.vae is None:
             raise MissingModelError(f"No VAE is loaded; load {self._parts.vae_file}.")
-        # Bytes travel and become numbers there; arithmetic and layout are those of `frames_to_tensor`.
-        levels = video.to(self._parts.device).permute(3, 0, 1, 2).contiguous()[None]
-        pixels = levels.to(torch.float32).div_(127.5).sub_(1.0)
-        return self._parts.vae.encode(pixels, tile_size=tile_size, tile_stride=tile_stride)
+        levels = video.permute(3, 0, 1, 2)[None]
+        return self._parts.encode_video(levels, tile_size=tile_size, tile_stride=tile_stride)

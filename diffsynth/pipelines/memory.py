@@ -229,6 +229,7 @@ class MemoryManager:
         if after != before:
             # A limit of the host's memory counts what is locked for streams, and nothing beside.
             self.residency.arrange(after, may_lock=self._limits is None or self._limits.ram_limit is None)
+        self._parts.tiled_by_plan = plan is not None and plan.tiled_vae
         for expert in (self._parts.high, self._parts.low):
             if expert is not None:
                 for network in (expert.dit, *expert.adapters):

@@ -26,10 +26,10 @@ from diffsynth.errors import ArgumentError, UnknownArgumentError
 from diffsynth.models.wan.dit import StepCache
 from diffsynth.pipelines.argument_checks import check_embeds, check_numbers, check_seed, check_types
 from diffsynth.pipelines.components import PipelineComponents
-from diffsynth.pipelines.decoding import Tiling
 from diffsynth.pipelines.foreign_arguments import ADVERTISED, without_foreign
 from diffsynth.pipelines.presets import preset_values
 from diffsynth.pipelines.run_facts import PLACES
+from diffsynth.pipelines.rungs import Tiling
 from diffsynth.pipelines.saved_latents import check_latents_path
 from diffsynth.pipelines.saved_steps import check_steps_path
 from diffsynth.pipelines.unread import refuse_unread, why_unread

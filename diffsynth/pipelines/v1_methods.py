@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffsynth.conditioning.text import TextConditioner, TextInputs
 from diffsynth.errors import ArgumentError, MissingModelError
-from diffsynth.pipelines.decoding import Tiling
+from diffsynth.pipelines.rungs import Tiling
 from diffsynth.sampling.flow_match import FlowMatchScheduler
 from diffsynth.video import frames_to_tensor, tensor_to_frames, to_pil
 
@@ -122,8 +122,9 @@ class V1Methods:
             width, height = frames[0].size
             pixels = frames_to_tensor(frames, height, width)
         with self._alone(), self._residency.use("vae"):
-            return vae.encode(
-                pixels.to(self.parts.device, torch.float32),
+            self.parts.tiled = None
+            return self.parts.encode_video(
+                pixels.float(),
                 tile_size=tile_size if tiled else None, tile_stride=tile_stride if tiled else None,
             )  # fmt: skip
 

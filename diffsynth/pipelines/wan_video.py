@@ -22,7 +22,7 @@ from diffsynth.ops.devices import known_device
 from diffsynth.ops.fp8 import Compute
 from diffsynth.pipelines.components import PipelineComponents, collect
 from diffsynth.pipelines.course import Course, plot_course
-from diffsynth.pipelines.decoding import Tiling, VideoDecoder
+from diffsynth.pipelines.decoding import VideoDecoder
 from diffsynth.pipelines.describe import describe, describe_memory
 from diffsynth.pipelines.encoding import EncodingSession, encode_request
 from diffsynth.pipelines.experts import ExpertMethods, boundary_of, step_counts
@@ -36,6 +36,7 @@ from diffsynth.pipelines.noise import draw_noise, prepared_sampler
 from diffsynth.pipelines.remarks import make_remarks
 from diffsynth.pipelines.request import CallOptions, VideoRequest, call_signature, read_request
 from diffsynth.pipelines.run_facts import without_iterators
+from diffsynth.pipelines.rungs import Tiling
 from diffsynth.pipelines.saved_latents import KeptLatents, keep_latents, latents_kept, provenance
 from diffsynth.pipelines.v1_methods import V1Methods
 from diffsynth.sampling.sampler import Sampler

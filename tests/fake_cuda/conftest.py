@@ -79,7 +79,9 @@ if IS_INSIDE:
 else:
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
+    def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+        if FOLDER not in item.path.parents:  # pytest asks this of every test
+            return None
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         for report in _reports_of(item):
             item.ihook.pytest_runtest_logreport(report=report)

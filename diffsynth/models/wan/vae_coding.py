@@ -165,7 +165,8 @@ class CausalVAE(nn.Module):
         """Return the mean of the latent, fp32.
 
         Args:
-            video: (B, 3, F, H, W) in [-1, 1]; F = 4 k + 1, H and W multiples of S.
+            video: (B, 3, F, H, W) in [-1, 1], or as bytes, on any device: frames go to that of the weights a
+                chunk at a time. F = 4 k + 1, H and W multiples of S.
             normalise: subtract the latent's mean and divide by its deviation, channel by channel.
             tile_size: height and width of a tile in latent positions; None codes the whole picture.
             tile_stride: distance between tiles, at most ``tile_size``; the rest is overlap, blended.
@@ -256,7 +257,10 @@ class CausalVAE(nn.Module):
 
     def _ready(self, chunk: Tensor) -> Tensor:
         weight = self.conv1.weight
-        return channels_last(chunk.to(weight.device, weight.dtype))
+        chunk = chunk.to(weight.device)
+        if chunk.dtype == torch.uint8:  # bytes travel and become numbers there, as in `frames_to_tensor`
+            chunk = chunk.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+        return channels_last(chunk.to(weight.dtype))
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         # Not buffers: a network built on meta would lose them.

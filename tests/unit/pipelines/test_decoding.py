@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from diffsynth.errors import ArgumentError, MissingModelError
 from diffsynth.models.wan.vae import WanVideoVAE
 from diffsynth.pipelines.components import PipelineComponents
-from diffsynth.pipelines.decoding import Rung, Tiling, VideoDecoder, decoded_chunks, ladder
+from diffsynth.pipelines.decoding import VideoDecoder, decoded_chunks
+from diffsynth.pipelines.rungs import Rung, Tiling, ladder
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.video import tensor_to_frames
 from tests.toys import TOY_VAE

@@ -119,7 +119,7 @@ def test_constants_are_those_of_the_code() -> None:
     from diffsynth.models.wan.dit import FFN_CHUNK_TOKENS, WanDiT
     from diffsynth.models.wan.text_encoder import WanTextEncoder
     from diffsynth.ops.fused import CPU_PIECE_BYTES, GPU_PIECE_BYTES
-    from diffsynth.pipelines.decoding import V1_TILE_SIZE
+    from diffsynth.pipelines.rungs import V1_TILE_SIZE
     from diffsynth.vram_management.flat import ALIGNMENT
 
     assert activations.PIECE_BYTES == {"cpu": CPU_PIECE_BYTES, "cuda": GPU_PIECE_BYTES}

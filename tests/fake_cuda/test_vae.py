@@ -1,0 +1,63 @@
+"""The VAE at full size: what a plan promises, and what happens on cards that are too small."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from diffsynth.models.wan.vae import WanVideoVAE
+from diffsynth.pipelines.rungs import Tiling
+from diffsynth.pipelines.vae_encoding import VideoEncoder
+from diffsynth.vram_management.plan import layers_of_module, plan_memory
+from tests.fake_cuda import controls
+
+CUDA = torch.device("cuda", 0)
+GIB = controls.GIB
+
+
+@pytest.fixture
+def vae() -> WanVideoVAE:
+    """The VAE of Wan2.1 in bfloat16, with weights of nothing."""
+    controls.copies_move_bytes(False)
+    with torch.device("meta"):
+        made = WanVideoVAE.from_config({}).to(torch.bfloat16)
+    return made.to_empty(device=CUDA).eval().requires_grad_(False)
+
+
+def host_video(num_frames: int, height: int, width: int) -> torch.Tensor:
+    """Takes no memory: nothing writes to it."""
+    return torch.empty(1, 3, num_frames, height, width)
+
+
+def test_an_encode_stays_within_the_limit_that_its_plan_was_given(vae: WanVideoVAE) -> None:
+    plan = plan_memory(
+        layers_of_module("vae", vae), dit=None, height=720, width=1280, num_frames=81, vram_limit_gib=6
+    )
+    assert plan.tiled_vae
+    torch.cuda.reset_peak_memory_stats()
+    encoder = VideoEncoder(vae=vae, device=CUDA, tiling=Tiling(), tiled_by_plan=plan.tiled_vae)
+    latents = encoder.latents(host_video(9, 720, 1280))
+    assert latents.shape == (1, 16, 3, 90, 160)
+    assert torch.cuda.max_memory_allocated() < plan.peak_bytes
+
+
+def test_an_encode_goes_on_in_tiles_where_the_card_is_too_small(
+    vae: WanVideoVAE, caplog: pytest.LogCaptureFixture
+) -> None:
+    controls.device_memory(2 * GIB)
+    encoder = VideoEncoder(vae=vae, device=CUDA, tiling=Tiling())
+    with caplog.at_level(logging.WARNING, logger="diffsynth"):
+        latents = encoder.latents(host_video(9, 480, 832))
+    assert latents.shape == (1, 16, 3, 60, 104)
+    assert "while encoding the whole picture" in caplog.text and "tiles" in caplog.text
+
+
+def test_memory_does_not_grow_with_the_length_of_a_video(vae: WanVideoVAE) -> None:
+    peaks = []
+    for num_frames in (13, 29):
+        torch.cuda.reset_peak_memory_stats()
+        vae.encode(host_video(num_frames, 240, 416))
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] - peaks[0] < 2 << 20  # latents alone
