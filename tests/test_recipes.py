@@ -49,7 +49,9 @@ def test_recipe_names_files_of_one_released_model(file: Path) -> None:
     assert len({match["model"] for match in found if match}) == 1
     [(name, vae)] = {(match["model"], match["file"]) for match in found if match and "VAE" in match["file"]}
     assert vae == ("Wan2.2_VAE.pth" if "5B" in name else "Wan2.1_VAE.pth")
-    assert bool(model.dit_low) == ("A14B" in name) and bool(model.image_encoder) == ("I2V-14B-" in name)
+    assert bool(model.dit_low) == ("A14B" in name and "_low_" not in file.stem) and bool(
+        model.image_encoder
+    ) == ("I2V-14B-" in name)
 
 
 @pytest.mark.parametrize("file", TINY, ids=name_of)

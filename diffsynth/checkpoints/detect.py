@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from diffsynth.checkpoints.architecture import Architecture, Match
 from diffsynth.checkpoints.checkpoint import Checkpoint
-from diffsynth.checkpoints.hints import Hints, read_documents, role_of
+from diffsynth.checkpoints.hints import Hints, is_of_no_pair, read_documents, role_of
 from diffsynth.checkpoints.layouts import LAYOUTS
 from diffsynth.errors import ConfigurationError, LoRAFileError, UnknownCheckpointError
 
@@ -136,7 +136,9 @@ def _match(
         missing=hints.missing,
         left_over=left_over,
         generation=hints.generation,
-        role=None if row.name.endswith(("_vae", "_encoder")) else role_of(group.paths, group.metadata),
+        role=None
+        if row.name.endswith(("_vae", "_encoder"))
+        else role_of(group.paths, group.metadata, surely=is_of_no_pair(config)),
         attachments=group.select(attached) if attached else None,
     )
 

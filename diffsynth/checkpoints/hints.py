@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from diffsynth.errors import ConfigurationError
 
@@ -64,6 +64,18 @@ DISTILLED = re.compile(
     r"|few[-_ ]?step|(?<![a-z])(?:dmd|lcm)|(?<!\d)[1-8][-_ ]?steps?(?![a-z=\d])",
     re.IGNORECASE,
 )
+
+
+# Widths of released DiTs that are never one expert of a pair: 1.3B, 5B. Of 14B only those with an image
+# encoder are not: a T2V-14B and an expert of T2V-A14B have the same tensors.
+SINGLE_DIMS = (1536, 3072)
+DIM_14B = 5120
+
+
+def is_of_no_pair(sizes: Mapping[str, object]) -> bool:
+    """Whether no released pair of experts has these sizes of a DiT."""
+    dim = sizes.get("dim")
+    return dim in SINGLE_DIMS or (dim == DIM_14B and sizes.get("image_dim") is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,11 +238,20 @@ def tells_few_steps(paths: tuple[Path, ...], metadata: Mapping[str, str]) -> boo
     return any(DISTILLED.search(text) for text in texts)
 
 
-def role_of(paths: tuple[Path, ...], metadata: Mapping[str, str]) -> Role | None:
-    """Return which expert of a pair this is: "high" for the noisy part of the way, as its path says."""
+def role_of(paths: tuple[Path, ...], metadata: Mapping[str, str], *, surely: bool = False) -> Role | None:
+    """Return which expert of a pair this is: "high" for the noisy part of the way.
+
+    Args:
+        paths: of the files; the name of the first or of its folder may tell it.
+        metadata: of the file; "expert", which this package writes, comes before what a path says.
+        surely: of a path "high_noise" alone counts, and not "high", which may mean anything else.
+    """
+    told = metadata.get("expert")
+    if told in ("high", "low"):
+        return cast("Role", told)
     texts = [text for path in paths[:1] for text in (path.name, path.parent.name)]
     for text in (*texts, metadata.get("model_type", "")):
-        if (mark := role_mark(text)) is not None:
+        if (mark := role_mark(text)) is not None and (mark["noise"] or not surely):
             return "high" if mark["role"].lower() == "high" else "low"
     folder = paths[0].parent if paths else Path()
     if folder.name not in TRANSFORMER_FOLDERS:

@@ -79,6 +79,8 @@ FLAGS: tuple[Flag, ...] = (
          help="How far noise levels lean to the noisy end: 1 is even, 3 to 12 are usual."),
     Flag(name="switch_DiT_boundary", kind=float, panel=GUIDANCE, spellings=("--switch-dit-boundary",),
          help="Noise level, 0 to 1, where the low-noise expert takes over."),
+    Flag(name="single_expert", kind=bool, panel=GUIDANCE, spellings=("--single-expert",),
+         help="Let one expert of a pair take every step, where the other is not in --model."),
     Flag(name="input_video", kind=Path, panel=SOURCE, spellings=("--input-video", "--init_video"),
          help="A video, or a folder of pictures."),
     Flag(name="denoising_strength", kind=float, panel=SOURCE,

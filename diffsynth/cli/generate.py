@@ -310,6 +310,7 @@ def _load(values: Mapping[str, Any]) -> WanVideoPipeline:
 
     from diffsynth.models.download import local_paths
     from diffsynth.models.model_manager import ModelManager, resolved_device
+    from diffsynth.pipelines.experts import refuse_one_expert
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
     chosen: Any = paths or str(tiny_folder())
@@ -322,7 +323,10 @@ def _load(values: Mapping[str, Any]) -> WanVideoPipeline:
     # Within limits networks rest on the host and come to the device for their turn.
     rests = bool(limits) or values["offload"] or values["t5_cpu"]
     manager = ModelManager(getattr(torch, TORCH_NAMES.get(dtype, dtype)), "cpu" if rests else device)
-    manager.load_models(local_paths(chosen[0] if len(paths) == 1 else chosen, download=values["download"]))
+    files = local_paths(chosen[0] if len(paths) == 1 else chosen, download=values["download"])
+    if not values["single_expert"]:
+        refuse_one_expert(files, values["dit"])
+    manager.load_models(files)
     pipe = WanVideoPipeline.from_model_manager(
         manager,
         device=device,

@@ -25,7 +25,8 @@ from diffsynth.video.paths import check_not_read
 
 DIALECTS = ("comfy", "kohya", "diffusers", "peft")
 _FOLDED_IN = ("diffusers", "peft")  # these have no place for an alpha
-_NOT_KEPT = ("lora_adapter_metadata",)  # tells alphas of the file that was read; they are in the factors now
+# tells alphas of the file that was read, which are in the factors now; and the expert of its first LoRA
+_NOT_KEPT = ("lora_adapter_metadata", "expert")
 
 
 def write_loras(path: Path, loras: Sequence[LoRA], dialect: str) -> None:
@@ -47,6 +48,8 @@ def write_loras(path: Path, loras: Sequence[LoRA], dialect: str) -> None:
             "network='high' or network='low' (--network), or write 'diffusers'."
         )
     metadata = {k: v for lora in loras for k, v in lora.metadata.items() if k not in _NOT_KEPT}
+    if len(loras) == 1 and loras[0].role is not None:  # the new name need not tell it
+        metadata["expert"] = loras[0].role
     save_tensors(path, _without_shared_memory(tensors), {**metadata, "format": "pt"})
 
 

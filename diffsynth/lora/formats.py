@@ -126,13 +126,13 @@ def read_loras(checkpoint: Checkpoint, layers: Iterable[str] = ()) -> list[LoRA]
             "To see what is inside: diffsynth inspect FILE."
         )
     alphas = _Alphas.of(checkpoint)
-    from_name = role_of(checkpoint.paths, {})
+    from_file = role_of(checkpoint.paths, checkpoint.metadata)
     return [
         LoRA(
             layers={name: _layer(name, parts.tensors, checkpoint, alphas) for name, parts in by_name.items()},
             dialect=kinds.most_common(1)[0][0],
             source=checkpoint.source,
-            role=(role or "high") if "low" in found and len(found) > 1 else role or from_name,
+            role=(role or "high") if "low" in found and len(found) > 1 else role or from_file,
             unread={why: tuple(keys) for why, keys in unread.get(role, {}).items()},
             metadata=checkpoint.metadata,
         )

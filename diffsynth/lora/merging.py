@@ -68,6 +68,8 @@ def merge(
     config = {key: value for match in reversed(base) for key, value in match.config.items()}
     metadata = {**base[0].checkpoint.metadata, "config": json.dumps(config), "format": "pt"}
     metadata.pop("_quantization_metadata", None)
+    if base[0].role is not None:  # the new name need not tell it
+        metadata["expert"] = base[0].role
     write_one_by_one(path, specs, tensor, metadata)
     return missing
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffsynth.checkpoints.hints import tells_few_steps
+from diffsynth.checkpoints.hints import Role, is_of_no_pair, tells_few_steps
 from diffsynth.conditioning.tokenizer import Tokenizer, find_tokenizer
 from diffsynth.denoising.expert import Expert
 from diffsynth.errors import AmbiguousModelError, ConfigurationError, TokenizerNotFoundError
@@ -46,6 +46,7 @@ class PipelineComponents:
     dtype: torch.dtype
     high: Expert | None = None  # the high-noise expert, or the only DiT
     low: Expert | None = None
+    role: Role | None = None  # of ``high``, where it is one expert of a pair and the other is not there
     text_encoder: WanTextEncoder | None = None
     tokenizer: Tokenizer | None = None
     image_encoder: WanImageEncoder | None = None
@@ -228,6 +229,7 @@ def _take_dits(
             f"Pick with from_model_manager(manager, dit={_source(found[0])!r}), or dit=[HIGH, LOW]."
         )
     high, low = found[0], None
+    parts.role = high.match.role if len(found) == 1 else None
     if len(found) == 2:
         _check_pair(found[0], found[1], loaded)
         high, low = _roles(found[0], found[1], is_told=is_told)
@@ -291,7 +293,7 @@ def _check_pair(first: LoadedModel, second: LoadedModel, loaded: Sequence[Loaded
 
 
 def _roles(first: LoadedModel, second: LoadedModel, *, is_told: bool) -> tuple[LoadedModel, LoadedModel]:
-    """Which is the high-noise expert: as the caller says, else the path, else by order, with a warning."""
+    """Which is the high-noise expert: as the caller, else the file or its path says, else by order."""
     names = f"{_source(first)} and {_source(second)}"
     roles = (first.match.role, second.match.role)
     is_reversed = roles in (("low", "high"), ("low", None), (None, "high"))
@@ -310,10 +312,16 @@ def _roles(first: LoadedModel, second: LoadedModel, *, is_told: bool) -> tuple[L
         raise AmbiguousModelError(
             f"Both {names} are {roles[0]}-noise experts; load one of each, or pick one with dit=."
         )
+    if is_of_no_pair(first.match.config):
+        raise AmbiguousModelError(
+            f"Two DiTs are loaded, {names}, and nothing says that they are the two experts of one model: no "
+            f"released pair has their sizes. Pick one with dit={str(first.paths[0])!r} (--dit); of a pair of "
+            "your own, say which is which: dit=[HIGH, LOW] (--dit HIGH --dit LOW)."
+        )
     logger.warning(
         "Neither path of %s says high_noise or low_noise: the first is taken for high noise, the second for "
         "low. Say it with from_model_manager(manager, dit=[HIGH, LOW]), or exchange them with "
-        "pipe.swap_experts().",
+        "pipe.swap_experts(). If they are two models and no pair, pick one with dit=.",
         names,
     )
     return first, second

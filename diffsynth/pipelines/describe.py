@@ -32,6 +32,8 @@ def describe(parts: PipelineComponents, precision: str, memory: MemoryPlan | Non
         )
     if parts.low is not None:
         lines.append(f"  two experts, the low-noise one below timestep {parts.boundary * 1000:g}")
+    if parts.role is not None:
+        lines.append(f"  the {parts.role}-noise expert of a pair, alone")
     if parts.high is not None:
         lines.append(f"  attention: {describe_attention(parts.device, parts.high.dit.attention)}")
     lines += [f"  {line}" for line in describe_loras(parts)]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffsynth.checkpoints.checkpoint import Checkpoint
+from diffsynth.checkpoints.detect import detect
 from diffsynth.denoising.expert import Expert
-from diffsynth.errors import ArgumentError
+from diffsynth.errors import ArgumentError, DiffSynthError, MissingModelError, UnusedInputError
+from diffsynth.models.registry import ARCHITECTURES
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from diffsynth.checkpoints.hints import Role
+    from diffsynth.models.model_manager import Paths
     from diffsynth.pipelines.components import PipelineComponents
     from diffsynth.pipelines.memory import MemoryManager
     from diffsynth.pipelines.request import CallOptions
@@ -28,6 +35,50 @@ def step_counts(parts: PipelineComponents, options: CallOptions, sampler: Sample
         return len(sampler.timesteps), None
     boundary = 1000 * boundary_of(parts, options)
     return len(sampler.timesteps), int((sampler.timesteps.double() >= boundary).sum())
+
+
+def require_experts(parts: PipelineComponents, options: CallOptions) -> None:
+    """Refuse a generation with one expert of a pair, unless the caller wants it.
+
+    Raises:
+        MissingModelError: for one expert alone.
+        UnusedInputError: for ``single_expert`` where both are loaded.
+    """
+    if options.single_expert and parts.low is not None:
+        raise UnusedInputError("single_expert=True was given, and both experts are loaded; leave it out.")
+    if parts.role is not None and not options.single_expert:
+        raise missing_expert(parts.role, parts.sources["dit"])
+
+
+def missing_expert(role: Role, source: str) -> MissingModelError:
+    """What to say of one expert that is alone."""
+    other, steps = ("low", "later") if role == "high" else ("high", "first")
+    return MissingModelError(
+        f"{source} is the {role}-noise expert of a pair, and the {other}-noise one, which makes the {steps} "
+        f"steps, is not loaded. Load both, such as load_models([HIGH, LOW, ...]) (--model for each), or let "
+        "this one take every step: single_expert=True (--single-expert)."
+    )
+
+
+def refuse_one_expert(paths: Paths, dit: Sequence[str]) -> None:
+    """The same, by the headers of files that are about to be loaded; other faults of theirs are told then.
+
+    Args:
+        paths: as `ModelManager.load_models` takes them.
+        dit: the DiTs among them that are used; empty: all.
+    """
+    try:
+        matches = [match for one in Checkpoint.open_all(paths) for match in detect(one, ARCHITECTURES)]
+    except DiffSynthError:
+        return
+    wanted = {Path(path).expanduser().resolve() for path in dit}
+    found = []
+    for match in (one for one in matches if one.name == "wan_video_dit"):
+        files = [path.resolve() for path in match.checkpoint.paths]
+        if not wanted or wanted & {place for file in files for place in (file, *file.parents)}:
+            found.append(match)
+    if len(found) == 1 and found[0].role is not None:
+        raise missing_expert(found[0].role, found[0].checkpoint.source)
 
 
 class ExpertMethods:

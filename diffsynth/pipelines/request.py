@@ -67,6 +67,7 @@ class CallOptions:
     timesteps: Sequence[float] | Tensor | None = None  # what the network is told at each of ``sigmas``
     latents: Tensor | None = None  # initial noise (B, C, F, H, W) float32; replaces the seed
     switch_DiT_boundary: float | None = None
+    single_expert: bool = False  # let one expert of a pair take every step, where the other is not loaded
     tiled: bool | None = None  # code the VAE in tiles; None: only when the whole picture does not fit
     tile_size: tuple[int, int] | None = None  # height and width in latent positions
     tile_stride: tuple[int, int] | None = None

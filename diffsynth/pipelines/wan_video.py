@@ -25,7 +25,7 @@ from diffsynth.pipelines.course import Course, plot_course
 from diffsynth.pipelines.decoding import VideoDecoder
 from diffsynth.pipelines.describe import describe, describe_memory
 from diffsynth.pipelines.encoding import EncodingSession, encode_request
-from diffsynth.pipelines.experts import ExpertMethods, boundary_of, step_counts
+from diffsynth.pipelines.experts import ExpertMethods, boundary_of, require_experts, step_counts
 from diffsynth.pipelines.from_configs import arrange, load_configs, refuse_audio
 from diffsynth.pipelines.kernels import choose_kernels
 from diffsynth.pipelines.loras import LoRAMethods
@@ -346,6 +346,7 @@ class WanVideoPipeline(NetworkAttributes, LoRAMethods, ExpertMethods, V1Methods)
             raise MissingModelError(
                 f"No VAE is loaded; load {self.parts.vae_file}, or ask for output_type='latent'."
             )
+        require_experts(self.parts, request.options)
         sampler = prepared_sampler(request)
         make_remarks(request, self.parts)
         self.scheduler.read(sampler.sigmas, sampler.timesteps)

@@ -88,7 +88,7 @@ class StepLog(Callback):
             }
             if (peak := peak_gb()) is not None:
                 row["peak_gb"] = peak
-            if report.role is not None:
+            if report.role is not None and len(module.learners) > 1:
                 values = (report.loss, report.learning_rate, report.grad_norm, report.steps_of_expert)
                 row |= {f"{n}_{report.role}_noise": v for n, v in zip(OF_EXPERT, values, strict=True)}
             if self.validation_loss is not None:

@@ -7,7 +7,7 @@ itself reads.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -69,8 +69,11 @@ class MemoryConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertsConfig:
-    """What the two experts of a Wan2.2 A14B model do not share; for a run with model.dit_low."""
+    """What the two experts of a Wan2.2 A14B model do not share, and which one trains alone."""
 
+    # Without model.dit_low: which expert model.dit is, and so at which timesteps it trains; none: as its
+    # metadata or its path says. "all": at all of them.
+    role: Literal["high", "low", "all"] | None = None
     boundary: float | None = None  # share of 1000: the high-noise expert from there on; none: the model's
     turn: int = 1  # steps that an expert has at a time; more, and the experts change places less often
     high_share: float | None = None  # of the turns, for the high-noise expert; none: that of its noise levels
@@ -78,6 +81,8 @@ class ExpertsConfig:
     low_rank: int | None = None  # of its factors, alpha / rank staying as it is; none: tune.rank
 
     def __post_init__(self) -> None:
+        if self.role not in (None, "high", "low", "all"):
+            raise ArgumentError(f"experts.role is {self.role!r}; give high, low or all.")
         for name in ("boundary", "high_share"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
@@ -212,7 +217,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.run.task != "data_process" and not self.model.dit:
-            raise ArgumentError("model.dit is empty; name the file of the DiT to train.")
+            low = " For the low-noise expert alone too: model.dit, and experts.role low."
+            raise ArgumentError(
+                f"model.dit is empty; name the file of the DiT to train.{low if self.model.dit_low else ''}"
+            )
         self._check_experts()
         if self.memory.stream and self.run.strategy == "fsdp2":
             raise ArgumentError(
@@ -244,10 +252,16 @@ class TrainConfig:
             )
 
     def _check_experts(self) -> None:
-        if not self.model.dit_low and self.experts != ExpertsConfig() and self.run.task != "data_process":
+        of_one = replace(ExpertsConfig(), role=self.experts.role, boundary=self.experts.boundary)
+        if not self.model.dit_low and self.experts != of_one and self.run.task != "data_process":
             raise ArgumentError(
-                "The section experts is for two, and model.dit_low is empty; name the low-noise expert's "
-                "file there, or leave the section out."
+                "The section experts is for two, but for role and boundary, and model.dit_low is empty; name "
+                "the low-noise expert's file there, or leave the rest out."
+            )
+        if self.model.dit_low and self.experts.role is not None:
+            raise ArgumentError(
+                f"experts.role is {self.experts.role!r}, for one expert that trains alone, and model.dit_low "
+                "names a second; leave one of them out."
             )
         if self.experts.low_rank is not None and self.tune.kind not in WITH_FACTORS:
             raise ArgumentError(

@@ -44,7 +44,7 @@ class Learner:
     high: float = 1000.0
     share: float = 1.0  # of the turns, against those of the others
     learning_rate: float = 1e-4  # at its highest
-    role: Role | None = None  # of two experts, which
+    role: Role | None = None  # of a pair of experts, which
     prefix: str = ""  # before the names of its tensors in a checkpoint
 
     def __post_init__(self) -> None:

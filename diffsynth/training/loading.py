@@ -17,6 +17,7 @@ from diffsynth.checkpoints.build import load_class
 from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.detect import detect
 from diffsynth.checkpoints.files import group_files
+from diffsynth.checkpoints.hints import Role
 from diffsynth.conditioning.text_cache import fingerprint
 from diffsynth.denoising.expert import Expert
 from diffsynth.errors import (
@@ -209,16 +210,24 @@ def load_networks(config: TrainConfig, objective: FlowMatchObjective, *, outline
             "each, the high-noise expert in model.dit and the low-noise one in model.dit_low."
         )
     dtype = manager.torch_dtype or torch.bfloat16
-    parts = collect(manager, device=torch.device("cpu"), dtype=dtype)
+    pair = [entry.paths[0] for entry in dits] if len(dits) > 1 else None
+    if pair and (dits[0].match.role == "low" or dits[1].match.role == "high"):
+        raise ArgumentError(
+            f"model.dit is {pair[0]} and model.dit_low {pair[1]}, which say the opposite of themselves: "
+            "model.dit is the high-noise expert. Exchange them."
+        )
+    parts = collect(manager, device=torch.device("cpu"), dtype=dtype, dit=pair)
     assert parts.high is not None
     if config.experts.boundary is not None:
         parts.boundary = config.experts.boundary
     # Before anything is put beside the weights.
     is_asked = not outline or (config.run.resume is not None and sources.dtype != "fp8")
     identity = _identity_of(parts, manager) if is_asked else ""
+    learners = _learners(parts, config, objective)
+    if len(learners) == 1 and not outline:
+        _tell_of_role(learners[0], config)
     return Loaded(
-        parts=parts, learners=_learners(parts, config, objective),
-        identity=identity,
+        parts=parts, learners=learners, identity=identity,
         facts=DiTFacts.of(parts.high.dit.config, parts.adapters), metadata=dits[0].match.checkpoint.metadata,
     )  # fmt: skip
 
@@ -242,9 +251,17 @@ def _learners(parts: PipelineComponents, config: TrainConfig, objective: FlowMat
     if config.run.start_from is not None:
         _start_from(Path(config.run.start_from), tuned)
     rate = config.optimizer.learning_rate
-    if len(experts) == 1:
-        return [Learner(denoiser=Denoiser(experts[0]), tuned=tuned[0], learning_rate=rate)]
     limit = parts.boundary * 1000
+    if len(experts) == 1:
+        role = _role_alone(parts, config)
+        low, high = {"high": (limit, 1000.0), "low": (0.0, limit)}.get(role or "", (0.0, 1000.0))
+        objective.sigma_at(0.5, low, high)  # raises where it would never be asked
+        return [
+            Learner(
+                denoiser=Denoiser(experts[0]), tuned=tuned[0], low=low, high=high, learning_rate=rate,
+                role=role,
+            )
+        ]  # fmt: skip
     for low, high in ((limit, 1000.0), (0.0, limit)):  # raises where an expert would never be asked
         objective.sigma_at(0.5, low, high)
     levels = [objective.sigma_at((i + 0.5) / QUANTILES) * 1000 for i in range(QUANTILES)]
@@ -260,6 +277,33 @@ def _learners(parts: PipelineComponents, config: TrainConfig, objective: FlowMat
             learning_rate=config.experts.low_learning_rate or rate, role="low", prefix="pipe.dit2.",
         ),
     ]  # fmt: skip
+
+
+def _role_alone(parts: PipelineComponents, config: TrainConfig) -> Role | None:
+    """Which expert a DiT that trains alone is; None: it trains at all timesteps."""
+    told, boundary = config.experts.role, config.experts.boundary
+    role = parts.role if told is None else told
+    if role is None or role == "all":
+        if boundary is not None:
+            raise ArgumentError(
+                f"experts.boundary is {boundary}, and nothing says which expert model.dit is; set "
+                "experts.role to high or low, or leave the boundary out."
+            )
+        return None
+    return role
+
+
+def _tell_of_role(learner: Learner, config: TrainConfig) -> None:
+    if learner.role is None:
+        return
+    logger.info(
+        "model.dit is the %s-noise expert of a pair (%s): it trains at timesteps %g to %g, and its files will "
+        "tell it.%s",
+        learner.role,
+        "experts.role" if config.experts.role else "as it says itself; experts.role: all trains it at all",
+        learner.low, learner.high,
+        " Sample videos are made with it alone, at every step." if config.samples.prompts else "",
+    )  # fmt: skip
 
 
 def tune_of_low(config: TrainConfig) -> TuneConfig:
@@ -318,6 +362,8 @@ def run_facts(
         told["samples of a step"] += f", of some datasets {', '.join(map(str, sizes))}"
     if config.experts != ExpertsConfig():
         told["experts"] = json.dumps(asdict(config.experts))
+    if len(loaded.learners) == 1 and (role := loaded.learners[0].role) is not None:
+        told["the expert that trains alone"] = role
     return told
 
 
@@ -351,7 +397,7 @@ def file_metadata(
     config: TrainConfig, loaded: Loaded, facts: Mapping[str, str], step: int, learner: Learner
 ) -> dict[str, str]:
     """What exports and checkpoints say about themselves, in the words of this package and of others."""
-    files = config.model.dit_low if learner.role == "low" else config.model.dit
+    files = config.model.dit_low if learner.role == "low" and config.model.dit_low else config.model.dit
     base = " ".join(Path(path).name for path in files)
     is_lora = config.tune.kind in WITH_FACTORS
     told = {

@@ -214,7 +214,7 @@ class WanTrainingModule(LightningModule):
         batch: Batch,
         step: int,
         draw_ids: Sequence[str],
-        quantile: float | None = None,
+        sigma: float | None = None,
         seed: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Weighted loss of each sample (B,), and the timesteps (B,) that the network was told.
@@ -224,24 +224,23 @@ class WanTrainingModule(LightningModule):
             batch: of one bucket.
             step: noise and noise level are functions of it, of the seed, and of ``draw_ids``.
             draw_ids: one per sample.
-            quantile: instead of drawn noise levels, that at this quantile of all of them, which must be one
-                of this learner's.
+            sigma: this noise level, one of this learner's, instead of drawn ones.
             seed: instead of the run's.
         """
         self.placing.use(learner)
         objective, pinned = self.objective, batch.plan.num_pinned
         device = learner.denoiser.dit.device
         latents = batch.clean.to(device, torch.float32)
-        sigma, noise = objective.draw(
+        sigmas, noise = objective.draw(
             self.config.run.seed if seed is None else seed, step, draw_ids, latents.shape[1:], learner.low,
             learner.high,
         )  # fmt: skip
-        if quantile is not None:
-            sigma = torch.full_like(sigma, objective.sigma_at(min(quantile, 1 - 1e-9)))
-        noisy = batch.plan.pin(objective.noisy(latents, noise, sigma))
-        told = objective.timesteps(sigma, latents.shape[2], pinned)
+        if sigma is not None:
+            sigmas = torch.full_like(sigmas, sigma)
+        noisy = batch.plan.pin(objective.noisy(latents, noise, sigmas))
+        told = objective.timesteps(sigmas, latents.shape[2], pinned)
         velocity = learner.denoiser(noisy, told, batch.conditions)
-        return objective.losses(velocity, latents, noise, sigma, pinned), sigma * 1000
+        return objective.losses(velocity, latents, noise, sigmas, pinned), sigmas * 1000
 
     def _sync(self, is_last: bool) -> AbstractContextManager[None]:
         """Gradients travel between ranks once per step, not once per pass."""

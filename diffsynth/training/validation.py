@@ -177,11 +177,12 @@ def validation_losses(module: WanTrainingModule, samples: CachedDataset, held_ou
         batch = collate([samples[index]], [False])
         for number, quantile in enumerate(quantiles):
             learner = module.learners[0]
+            low, high = (0.0, 1000.0) if len(module.learners) > 1 else (learner.low, learner.high)
+            sigma = module.objective.sigma_at(min(quantile, 1 - 1e-9), low, high)
             if len(module.learners) > 1:
-                told = module.objective.sigma_at(min(quantile, 1 - 1e-9)) * 1000
-                learner = next(one for one in module.learners if one.low <= told)
+                learner = next(one for one in module.learners if one.low <= sigma * 1000)
             losses, _ = module.losses(
-                learner, batch, STEP_OF_VALIDATION, [samples.sample_id(index)], quantile=quantile,
+                learner, batch, STEP_OF_VALIDATION, [samples.sample_id(index)], sigma=sigma,
                 seed=module.config.samples.seed,
             )  # fmt: skip
             if place < len(held_out):

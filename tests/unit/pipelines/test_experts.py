@@ -158,7 +158,7 @@ def run(manager, sigmas):
     pipe = WanVideoPipeline.from_model_manager(manager)
     pipe.enable_vram_management(0, ram_limit=0.12)
     pipe(prompt_embeds=torch.ones(1, 4, 32), height=32, width=32, num_frames=1, cfg_scale=1.0, seed=0,
-         output_type="latent", sigmas=sigmas)
+         output_type="latent", sigmas=sigmas, single_expert=len(manager.loaded) == 1)
     return pipe, anonymous(), [n.host for n in pipe.memory_plan.networks.values()]
 
 manager = ModelManager(torch.bfloat16, "cpu").load_models([sys.argv[1]])
