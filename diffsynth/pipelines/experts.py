@@ -47,16 +47,21 @@ def require_experts(parts: PipelineComponents, options: CallOptions) -> None:
     if options.single_expert and parts.low is not None:
         raise UnusedInputError("single_expert=True was given, and both experts are loaded; leave it out.")
     if parts.role is not None and not options.single_expert:
-        raise missing_expert(parts.role, parts.sources["dit"])
+        raise missing_expert(parts.role, parts.sources["dit"], IN_PYTHON)
 
 
-def missing_expert(role: Role, source: str) -> MissingModelError:
+IN_PYTHON = (
+    "Load both, load_models([HIGH, LOW, ...]), or let this one take every step: pipe(..., single_expert=True)."
+)
+IN_FLAGS = "Give --model for each, or let this one take every step: --single-expert."
+
+
+def missing_expert(role: Role, source: str, advice: str) -> MissingModelError:
     """What to say of one expert that is alone."""
     other, steps = ("low", "later") if role == "high" else ("high", "first")
     return MissingModelError(
         f"{source} is the {role}-noise expert of a pair, and the {other}-noise one, which makes the {steps} "
-        f"steps, is not loaded. Load both, such as load_models([HIGH, LOW, ...]) (--model for each), or let "
-        "this one take every step: single_expert=True (--single-expert)."
+        f"steps, is not there. {advice}"
     )
 
 
@@ -78,7 +83,7 @@ def refuse_one_expert(paths: Paths, dit: Sequence[str]) -> None:
         if not wanted or wanted & {place for file in files for place in (file, *file.parents)}:
             found.append(match)
     if len(found) == 1 and found[0].role is not None:
-        raise missing_expert(found[0].role, found[0].checkpoint.source)
+        raise missing_expert(found[0].role, found[0].checkpoint.source, IN_FLAGS)
 
 
 class ExpertMethods:

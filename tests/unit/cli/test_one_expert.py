@@ -18,7 +18,7 @@ def test_one_expert_is_refused_before_anything_loads_unless_it_is_meant(shell: S
     refused = shell("generate", "a ball", *words, "--out", made)
     assert refused.status == 1 and "Loaded" not in refused.err
     assert "is the low-noise expert of a pair, and the high-noise one" in refused.err
-    assert "(--single-expert)" in refused.err and not made.exists()
+    assert "take every step: --single-expert." in refused.err and not made.exists()
     picked = shell("generate", "a ball", *words, "--out", made, "--model", high, "--dit", high)
     assert picked.status == 1 and "is the high-noise expert of a pair" in picked.err
     done = shell("generate", "a ball", *words, "--out", made, "--single-expert")
