@@ -50,9 +50,7 @@ def require_experts(parts: PipelineComponents, options: CallOptions) -> None:
         raise missing_expert(parts.role, parts.sources["dit"], IN_PYTHON)
 
 
-IN_PYTHON = (
-    "Load both, load_models([HIGH, LOW, ...]), or let this one take every step: pipe(..., single_expert=True)."
-)
+IN_PYTHON = "Load both: load_models([HIGH, LOW, ...]); or let one take every step: pipe(single_expert=True)."
 IN_FLAGS = "Give --model for each, or let this one take every step: --single-expert."
 
 

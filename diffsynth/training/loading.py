@@ -297,8 +297,8 @@ def _tell_of_role(learner: Learner, config: TrainConfig) -> None:
     if learner.role is None:
         return
     logger.info(
-        "model.dit is the %s-noise expert of a pair (%s): it trains at timesteps %g to %g, and its files will "
-        "tell it.%s",
+        "model.dit is the %s-noise expert of a pair (%s): it trains at timesteps %g to %g, and its files "
+        "will tell it.%s",
         learner.role,
         "experts.role" if config.experts.role else "as it says itself; experts.role: all trains it at all",
         learner.low, learner.high,
