@@ -36,6 +36,7 @@ from diffsynth.errors import (
     DiffSynthError,
     MissingModelError,
     ResumeError,
+    UnusedInputError,
 )
 from diffsynth.video import load_image
 
@@ -108,12 +109,14 @@ def make(prompt: str, values: Mapping[str, Any]) -> None:
         DiffSynthError: what was wrong, before a model is loaded where it can be known.
     """
     arguments = _call_arguments(prompt, values)
+    _check_values(values, arguments)
     loras = _loras(values)
     started = time.monotonic()
     with _check(values, arguments, [path for path, _ in loras]) as output:
         pipe = _load(values)
         for path, strength in loras:
             pipe.load_lora(path, strength)
+        arguments = _without_unread(pipe, arguments, values["from_file"])
         inputs = inputs_told(values)
         more: dict[str, object] = {"inputs": inputs} if inputs else {}  # what the call does not tell
         if values["preview"]:
@@ -268,6 +271,38 @@ def _check_size(pipe: WanVideoPipeline, arguments: Mapping[str, Any], output: Ou
         latent_bytes=4 * vae.z_dim * num_latents * area,
     )  # fmt: skip
     check_size(output, size, float(str(usual.get("fps", FPS))))
+
+
+def _check_values(values: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Numbers that cannot be and flags that nobody reads, before a path is looked at or a model is loaded.
+
+    Raises:
+        ArgumentError: for a number.
+        UnusedInputError: for a flag.
+    """
+    from diffsynth.pipelines.argument_checks import check_numbers, check_seed
+
+    check_numbers(arguments)
+    check_seed(arguments.get("seed"), arguments.get("num_videos_per_prompt", 1))
+    for name in ("dit", "download") if not values["model"] else ():
+        if values[name]:
+            raise UnusedInputError(f"--{name} says something of --model, which was not given; leave it out.")
+    if values["tiled"] is False and (values["tile_size"] or values["tile_stride"]):
+        raise UnusedInputError("--no-tiled was given, so that --tile-size and --tile-stride are not read.")
+
+
+def _without_unread(
+    pipe: WanVideoPipeline, arguments: dict[str, Any], from_file: Sequence[str]
+) -> dict[str, Any]:
+    """Leave out what a file told and this model does not read; what the caller gave is refused later."""
+    from diffsynth.pipelines.request import usual_values
+    from diffsynth.pipelines.unread import why_unread
+
+    why = why_unread(arguments, {**usual_values(pipe.parts), **arguments}, pipe.parts)
+    for name in [name for name in why if name in from_file]:
+        logger.info("%s of the file, %s, is for two experts: left out.", name, arguments[name])
+        arguments = {key: value for key, value in arguments.items() if key != name}
+    return arguments
 
 
 def _loras(values: Mapping[str, Any]) -> list[tuple[Path, float]]:

@@ -114,6 +114,8 @@ def refined(source: Path | None, prompt: str | None, values: Mapping[str, Any]) 
     for flag in FLAGS:
         if flag.name in calls and merged[flag.name] in (None, [], ()) and settings.get(flag.name) is not None:
             merged[flag.name] = _setting(source, settings, flag)
+            if merged[flag.name] is not None:
+                merged["from_file"] = (*merged["from_file"], flag.name)
     merged["input_video"] = source
     if merged["denoising_strength"] is None:
         merged["denoising_strength"] = STRENGTH
@@ -151,7 +153,7 @@ def _setting(source: Path, settings: Mapping[str, object], flag: Flag) -> Any:
 
 
 def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64
 
 
 def _size(source: Path, settings: Mapping[str, object], values: Mapping[str, Any]) -> dict[str, int]:

@@ -126,6 +126,7 @@ def resumed(prompt: str | None, given: Mapping[str, Any]) -> tuple[str, dict[str
         if isinstance(values[name], Mapping):
             values[name] = _picked(values[name])
     beside = {**BESIDE_FLAGS, **{name: values[name] for name in _KEPT_BESIDE}}
+    beside["from_file"] = tuple(name for name in then if name not in now)
     return line["prompt"], {**values, **beside, "resumed": SavedRun(steps=steps, names=names)}
 
 

@@ -1,12 +1,13 @@
-"""Numbers and types of a call that no model could use, told before anything runs."""
+"""Numbers and types of a call that no model could use, told before anything runs.
+
+Importing this costs no torch: the command asks it before a model is loaded.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from diffsynth.errors import ArgumentError
 
@@ -55,6 +56,8 @@ def check_seed(seed: object, num_videos: int) -> None:
 
 def check_types(given: Mapping[str, object]) -> None:
     """Functions and tensors."""
+    from torch import Tensor
+
     for name in ("callback_on_step_end", "progress_bar_cmd"):
         if (value := given.get(name)) is not None and not callable(value):
             raise ArgumentError(f"{name} is {value!r}; give a function.")
@@ -65,6 +68,8 @@ def check_types(given: Mapping[str, object]) -> None:
 
 def check_embeds(text: TextInputs, parts: PipelineComponents) -> None:
     """Features of texts: real numbers, as wide as the DiT reads."""
+    from torch import Tensor
+
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         embeds = getattr(text, name)
         if embeds is None:

@@ -36,8 +36,8 @@ Task: TypeAlias = Callable[[Iterator[Pixels]], Iterator[Pixels]]
 CANNY_THRESHOLDS = (100.0, 200.0)  # those of VideoX-Fun's control videos
 SCRIBBLE_THRESHOLDS = (40.0, 120.0)  # after a blur, which leaves the outlines
 # Where a picture is too soft for these: the upper one is a share of its own steepest gradients, above what
-# rounding to 8 bits makes (12) and above what noise or a texture makes everywhere (times the median).
-PEAK_PERCENTILE, SHARE_OF_PEAK, LEAST_GRADIENT, TIMES_MEDIAN = 99.9, 0.4, 12.0, 4.0
+# rounding to 8 bits makes (12) and above noise, which is what a blur takes from the median gradient.
+PEAK_PERCENTILE, SHARE_OF_PEAK, LEAST_GRADIENT, TIMES_NOISE = 99.9, 0.4, 12.0, 5.0
 EMPTY_SHARE = 2e-4  # of the pixels; a frame with fewer drawn ones guides nothing
 SCRIBBLE_SIGMA = 2.0  # pixels
 
@@ -150,9 +150,13 @@ def _thresholds(
     """The caller's, or the usual ones, lowered in one proportion where the picture is soft."""
     if options.thresholds is not None:
         return options.thresholds
-    gradient = np.abs(cv2.Sobel(grey, cv2.CV_32F, 1, 0)) + np.abs(cv2.Sobel(grey, cv2.CV_32F, 0, 1))
-    median, peak = np.percentile(gradient, (50, PEAK_PERCENTILE))
-    upper = min(usual[1], max(LEAST_GRADIENT, SHARE_OF_PEAK * peak, TIMES_MEDIAN * median))
+    smooth = cv2.GaussianBlur(grey, (0, 0), SCRIBBLE_SIGMA)
+    gradient, left = (
+        np.abs(cv2.Sobel(each, cv2.CV_32F, 1, 0)) + np.abs(cv2.Sobel(each, cv2.CV_32F, 0, 1))
+        for each in (grey, smooth)
+    )
+    peak, noise = np.percentile(gradient, PEAK_PERCENTILE), max(0.0, np.median(gradient) - np.median(left))
+    upper = min(usual[1], max(LEAST_GRADIENT, SHARE_OF_PEAK * peak, TIMES_NOISE * noise))
     return usual[0] * upper / usual[1], float(upper)
 
 
