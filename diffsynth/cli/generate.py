@@ -294,13 +294,13 @@ def _check_values(values: Mapping[str, Any], arguments: Mapping[str, Any]) -> No
 def _without_unread(
     pipe: WanVideoPipeline, arguments: dict[str, Any], from_file: Sequence[str]
 ) -> dict[str, Any]:
-    """Leave out what a file told and this model does not read; what the caller gave is refused later."""
+    """Leave out what a file or task told and this model does not read; the caller's own is refused later."""
     from diffsynth.pipelines.request import usual_values
     from diffsynth.pipelines.unread import why_unread
 
     why = why_unread(arguments, {**usual_values(pipe.parts), **arguments}, pipe.parts)
     for name in [name for name in why if name in from_file]:
-        logger.info("%s of the file, %s, is for two experts: left out.", name, arguments[name])
+        logger.info("%s=%s is left out: it is for two experts, and one is loaded.", name, arguments[name])
         arguments = {key: value for key, value in arguments.items() if key != name}
     return arguments
 

@@ -139,7 +139,8 @@ def with_task(prompt: str, values: Mapping[str, Any]) -> dict[str, Any]:
         )
     return {
         **merged,
-        "resumed": None,
+        **BESIDE_FLAGS,
+        "from_file": tuple(usual),  # the task's, not the caller's
         "has_default_out": has_default_out,
         "overwrite": kept["overwrite"] or "save_file" in given,  # as generate.py does
         "read_files": [given[name] for name in ("src_video", "src_mask") if name in given],

@@ -96,7 +96,7 @@ _REFINE_HELP = {
 }  # fmt: skip
 # what `make` reads beside the values of flags, with what it is where nothing says otherwise
 BESIDE_FLAGS: dict[str, object] = {
-    "from_file": (),  # names of the values that a file told and the caller did not
+    "from_file": (),  # names of the values that a file or a task told, and not the caller
     "offload": False,  # networks rest on the host
     "t5_cpu": False,
     "has_default_out": False,  # "out" is no name that the user gave

@@ -50,7 +50,7 @@ def check_seed(seed: object, num_videos: int) -> None:
         return
     if not isinstance(seed, Integral) or isinstance(seed, bool):
         raise ArgumentError(f"seed is {seed!r}; give a whole number, or None to draw one.")
-    if not -1 <= seed <= MAX_SEED - (num_videos - 1):
+    if not -1 <= int(seed) <= MAX_SEED - (num_videos - 1):
         raise ArgumentError(f"seed is {seed}; give 0 to {MAX_SEED - (num_videos - 1)}, or -1 to draw one.")
 
 

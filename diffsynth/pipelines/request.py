@@ -168,7 +168,7 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
             inputs[name] = own
             if isinstance(conditioner, SizeChecker):
                 conditioner.check(own, geometry, parts)
-    readers = (CallOptions, *(type(own) for own in inputs.values()))
+    readers: list[type] = [CallOptions, *(type(own) for own in inputs.values())]
     refuse_unread(
         {name: value for name, value in given.items() if value is not None},
         {name: default for name, (_, default) in known_arguments().items()},

@@ -295,6 +295,7 @@ def test_every_flag_comes_back_from_the_file(tmp_path: Path, monkeypatch: pytest
     nothing = {**values, **{flag.name: flag.default for flag in TASK_FLAGS}}
     prompt, found = resumed(None, {**nothing, "resume": Path("a.safetensors")})
     assert found.pop("resume") == Path("a.safetensors") and found.pop("read_files") == ()
+    assert {"height", "cfg_scale"} <= set(found.pop("from_file"))
     absolute = {
         "input_image": tmp_path / clip, "vace_reference_image": [tmp_path / clip] * 2,
         "model": [str(tmp_path / "weights")],
