@@ -33,11 +33,6 @@ def test_they_end_the_command_before_a_model_is_loaded(
     assert ran.status == 1 and words in ran.err and "Loaded" not in ran.err
 
 
-def test_a_device_that_is_none_is_told(shell: Shell, tmp_path: Path) -> None:
-    ran = shell("generate", "a red circle", "--device", "foo", "--out", tmp_path / "a.mp4")
-    assert ran.status == 1 and "error: device is 'foo'; give 'cuda', 'cuda:1' or 'cpu'" in ran.err
-
-
 def test_what_a_file_tells_and_a_model_does_not_read_is_left_out(
     toy_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
