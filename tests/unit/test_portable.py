@@ -38,6 +38,34 @@ def _train_without_posix(folder: Path) -> None:
     assert report.step == 2 and rows(report)[-1]["peak_gb"] == ""
 
 
+WITHOUT_POSIX = """
+import os, sys
+import av, numpy, PIL.Image, safetensors.torch, sentencepiece
+import ftfy, tokenizers, torch, tqdm, typer
+sys.modules.update(dict.fromkeys({hidden!r}))
+for name in ("geteuid", "getuid", "link", "mkfifo", "sysconf"):
+    delattr(os, name)
+from diffsynth.cli.app import main
+for sys.argv in {lines!r}:
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, sys.argv
+"""
+
+
+def test_the_command_needs_no_posix_module(tmp_path: Path) -> None:
+    from diffsynth.tiny import tiny_folder
+
+    out = tmp_path / "v.mp4"
+    generate = ["generate", "a red circle", "--steps", "1", "--num-frames", "5", "--out", str(out)]
+    lines = [["diffsynth", *words] for words in (generate, ["inspect", str(tiny_folder())])]
+    code = WITHOUT_POSIX.format(hidden=HIDDEN, lines=lines)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert out.stat().st_size and "wan_video_vae" in done.stdout
+
+
 @pytest.mark.skipif(sys.platform == "win32" or torch.cuda.is_available(), reason="forks")
 def test_encoding_and_training_need_no_posix_module(tmp_path: Path) -> None:
     process = multiprocessing.get_context("fork").Process(target=_train_without_posix, args=(tmp_path,))

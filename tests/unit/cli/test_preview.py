@@ -18,7 +18,7 @@ def parts(**generation: object) -> Any:
     """What `smaller` asks of a pipeline's parts, of a Wan2.1 model."""
     config = SimpleNamespace(patch_size=(1, 2, 2), out_dim=16)
     return SimpleNamespace(
-        spatial_stride=8, high=SimpleNamespace(dit=SimpleNamespace(config=config)),
+        spatial_stride=8, patch=(2, 2), high=SimpleNamespace(dit=SimpleNamespace(config=config)),
         low=None, family="t2v", generation=generation, holds_first_frame=False,
     )  # fmt: skip
 
