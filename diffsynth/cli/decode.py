@@ -58,22 +58,23 @@ def run_decode(path: Path, given: Mapping[str, object]) -> None:
             for index, target in enumerate(output.paths):
                 settings = _settings(saved, output, index)
                 row = saved.latents[index : index + 1]
-                with latents_kept(_kept(path, pipe, values)):
+                with latents_kept(_kept(path, saved, pipe, values)):
                     _, made = write_video(pipe, row, target, output, settings, _tiles(saved, values))
                 seed = f", seed {settings['seed']}" if "seed" in settings else ""
                 typer.echo(f"{made}{seed}, {time.monotonic() - started:.1f} s")
 
 
-def _kept(path: Path, pipe: WanVideoPipeline, values: Mapping[str, Any]) -> KeptLatents:
+def _kept(path: Path, saved: SavedLatents, pipe: WanVideoPipeline, values: Mapping[str, Any]) -> KeptLatents:
     """What the same command is, where this one fails."""
-    from diffsynth.pipelines.saved_latents import KeptLatents
+    from diffsynth.pipelines.saved_latents import KeptLatents, keep_latents
 
     assert pipe.parts.vae is not None
     again = {name: values[name] for name in ("out", "vae", "device") if values[name] is not None}
     options = [word for name, value in again.items() for word in (f"--{name}", str(value))]
     dtype = str(next(pipe.parts.vae.parameters()).dtype).removeprefix("torch.")
     return KeptLatents(
-        path=path, out=path, save_again=lambda: path, vae_dtype=dtype,
+        path=path, out=path, vae_dtype=dtype,
+        save_again=lambda: keep_latents(path, saved.latents, pipe.parts, saved.settings).path,
         options=(*options, *(["--overwrite"] if values["overwrite"] else [])),
     )  # fmt: skip
 

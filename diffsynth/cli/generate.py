@@ -201,6 +201,7 @@ def _check(values: Mapping[str, Any], arguments: dict[str, Any], loras: Sequence
         ArgumentError: for several frames in a picture, or what the encoder or the file cannot take.
     """
     from diffsynth.pipelines.argument_checks import check_numbers, check_seed
+    from diffsynth.pipelines.saved_latents import earlier_beside
 
     check_save_every(values["save_every"])
     check_numbers(arguments)
@@ -228,7 +229,11 @@ def _check(values: Mapping[str, Any], arguments: dict[str, Any], loras: Sequence
         name: arguments[name] for name in ("prompt", "negative_prompt") if name in arguments
     }
     options = {name: values[name] for name in ENCODER_OPTIONS if values[name] is not None}
-    return check_output(names, fps=values["fps"], options=options, texts=texts, size=_asked_size(arguments))
+    output = check_output(names, fps=values["fps"], options=options, texts=texts, size=_asked_size(arguments))
+    for path in output.paths:
+        for file, command in earlier_beside(path, output.run_id):
+            logger.info("%s is there, of an earlier run with this name; to go on from it: %s", file, command)
+    return output
 
 
 def _asked_size(arguments: Mapping[str, Any]) -> Size | None:

@@ -30,12 +30,13 @@ from diffsynth.pipelines.foreign_arguments import ADVERTISED, without_foreign
 from diffsynth.pipelines.presets import preset_values
 from diffsynth.pipelines.run_facts import PLACES
 from diffsynth.pipelines.rungs import Tiling
-from diffsynth.pipelines.saved_latents import check_latents_path
+from diffsynth.pipelines.saved_latents import check_latents_path, model_files
 from diffsynth.pipelines.saved_steps import check_steps_path
 from diffsynth.pipelines.unread import refuse_unread, why_unread
 from diffsynth.pipelines.usual import usual_values_of
 from diffsynth.sampling.registry import SAMPLERS
 from diffsynth.video import picture_size
+from diffsynth.video.paths import check_not_read
 from diffsynth.video.settings import check_text
 
 logger = logging.getLogger("diffsynth")
@@ -158,9 +159,7 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
     num_videos = text.num_prompts * text.num_videos_per_prompt
     check_seed(options.seed, num_videos)
     geometry = _geometry(options, parts, num_videos)
-    if options.save_latents is not None:
-        check_latents_path(options.save_latents, prod(geometry.latent_shape), parts)
-    _check_steps(options)
+    _check_written(options, geometry, parts)
     inputs = {}
     for name, conditioner in CONDITIONERS.items():
         own = read_inputs(conditioner.Inputs, resolved)
@@ -250,9 +249,14 @@ def _resize_of_v1(given: Mapping[str, object], precision: str) -> dict[str, obje
     return {"resize": "stretch"}
 
 
-def _check_steps(options: CallOptions) -> None:
+def _check_written(options: CallOptions, geometry: Geometry, parts: PipelineComponents) -> None:
+    if options.save_latents is not None:
+        check_latents_path(options.save_latents, prod(geometry.latent_shape))
+        steps = [] if options.resume_from is None else [options.resume_from]
+        check_not_read(options.save_latents, [*model_files(parts), *steps])
     if options.save_steps is not None:
         check_steps_path(options.save_steps, options.save_every, options.save_latents)
+        check_not_read(options.save_steps, model_files(parts))
     elif options.save_every is not None:
         raise ArgumentError("save_every= was given without save_steps=, the file that steps are saved to.")
     if options.step_cache is not None and (options.save_steps, options.resume_from) != (None, None):

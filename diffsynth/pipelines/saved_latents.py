@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
@@ -27,7 +29,7 @@ from diffsynth.checkpoints.saving import save_tensors
 from diffsynth.errors import ArgumentError, NotFiniteError, OutputPathError
 from diffsynth.tiny import tiny_folder
 from diffsynth.video.claims import NAME_BYTES, fitting
-from diffsynth.video.paths import check_not_read, check_output_path, remove_leftovers, user_cache
+from diffsynth.video.paths import check_output_path, remove_leftovers, user_cache
 from diffsynth.video.settings import is_utf8, pack
 
 if TYPE_CHECKING:
@@ -64,36 +66,43 @@ def steps_beside(path: Path, run_id: str) -> Path:
     return _beside(path, f".{run_id}{STEPS_SUFFIX}")
 
 
+def earlier_beside(path: Path, run_id: str) -> list[tuple[Path, str]]:
+    """What earlier runs with the name of a video have left beside it, each with the command that goes on.
+
+    Args:
+        path: of the video.
+        run_id: of the run that asks.
+    """
+    found = []
+    for file in sorted(path.parent.glob(f"{escape(path.stem)}.*.safetensors")):
+        id_, _, kind = file.name.removeprefix(f"{path.stem}.").partition(".")
+        command = {SUFFIX[1:]: "decode", STEPS_SUFFIX[1:]: "generate --resume"}.get(kind)
+        if command is not None and id_ != run_id and re.fullmatch("[0-9a-f]{8}", id_):
+            found.append((file, f"diffsynth {command} {shell_word(str(file))}"))
+    return found
+
+
 def _beside(path: Path, ending: str) -> Path:
     """A long name keeps its end, where videos of one run differ."""
     return path.with_name(fitting(path.stem, NAME_BYTES - len(ending)) + ending)
 
 
-def check_latents_path(
-    path: str | os.PathLike[str], num_elements: int, parts: PipelineComponents | None = None
-) -> Path:
+def check_latents_path(path: str | os.PathLike[str], num_elements: int) -> Path:
     """Make sure that latents of so many elements can be written there, before the work starts.
-
-    Args:
-        path: of the file.
-        num_elements: of the latents.
-        parts: of the pipeline, whose files are not overwritten.
 
     Raises:
         ArgumentError: when it is no path.
-        OutputPathError: when it cannot be written, does not end in .safetensors, is a file of the model, or
-            the disk is full.
+        OutputPathError: when it cannot be written, does not end in .safetensors, or the disk is full.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentError(f"save_latents is {path!r}; give a path such as 'video{SUFFIX}'.")
     target = check_output_path(path, need_bytes=4 * num_elements + HEADER_BYTES, suffixes=(".safetensors",))
-    if parts is not None:
-        check_not_read(path, _model_files(parts))
     remove_leftovers(target.parent)
     return target
 
 
-def _model_files(parts: PipelineComponents) -> Iterator[Path]:
+def model_files(parts: PipelineComponents) -> Iterator[Path]:
+    """The files that the networks and LoRAs of a pipeline were read from; of shards, their folder."""
     for source in (*parts.sources.values(), *parts.loras.sources):
         name, _, shards = source.partition(" (+")
         yield Path(name).parent if shards else Path(name)
@@ -281,8 +290,11 @@ def latents_kept(*kept: KeptLatents) -> Iterator[None]:
         for each in kept:
             there = each
             if not each.path.is_file():  # removed with its folder
-                with suppress(OSError):
+                try:
                     there = replace(each, path=each.save_again())
+                except OSError as refused:
+                    logger.warning("The latents are lost: %s was removed. %s", each.path, refused)
+                    continue
             logger.warning(
                 "The latents are kept in %s; this command makes the video of them: %s",
                 there.path,

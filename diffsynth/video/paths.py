@@ -147,11 +147,22 @@ def temporary_beside(target: Path) -> Path:
 
 
 _TEMPORARY = re.compile(r"\.part-(?P<number>\d+)(?:-(?P<mark>[0-9a-f]{12}))?-[0-9a-f]{8}(?:\.\w+)?")
+_looked_into: dict[Path, float] = {}
 _OLD_S = 86_400.0  # of another machine, which may be alive: nothing is written so slowly
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what dead processes left in a folder: half-written files, and names that they had claimed."""
+def remove_leftovers(folder: Path, *, pause_s: float = 0.0) -> None:
+    """Remove what dead processes left in a folder: half-written files, and names that they had claimed.
+
+    Args:
+        folder: it may be missing.
+        pause_s: nothing is done so soon after the last time that this process looked into it.
+    """
+    now = time.monotonic()
+    if pause_s and now - _looked_into.get(folder, -pause_s) < pause_s:
+        return
+    if pause_s:
+        _looked_into[folder] = now
     with suppress(OSError):
         for entry in os.scandir(folder):
             if entry.name.startswith(claims.PREFIX):

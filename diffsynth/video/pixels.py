@@ -203,8 +203,8 @@ def tensor_to_frames(video: Tensor, rounding: Literal["round", "truncate"] = "ro
         video.numel() and not torch.isfinite(torch.stack(torch.aminmax(video))).all()
     ):  # NaN is kept by aminmax
         raise NotFiniteError(
-            "The decoded video holds NaN or infinity. Load the VAE in float32 (torch_dtype=torch.float32); "
-            "if that does not help, the weights are damaged."
+            "The decoded video holds NaN or infinity. Load the VAE in float32 (torch_dtype=torch.float32, "
+            "--dtype float32); if that does not help, the weights are damaged."
         )
     levels = ((video.detach().float() + 1.0) * 127.5).clamp_(0.0, 255.0)
     if rounding == "round":

@@ -74,7 +74,7 @@ class VideoWriter:
                 f"pictures, save_image one of them, and a video ends in {', '.join(VIDEO_SUFFIXES)}."
             )
         self.path = check_output_path(save_path, suffixes=VIDEO_SUFFIXES)
-        remove_leftovers(self.path.parent)
+        remove_leftovers(self.path.parent, pause_s=10.0)  # thousands of clips may go into one folder
         self.num_frames = 0  # written so far
         self.overwrites = True  # False: a file of this name stays, and `path` becomes the next number
         self._rate = frame_rate(fps)

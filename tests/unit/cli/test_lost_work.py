@@ -355,6 +355,19 @@ def test_each_video_that_is_not_made_yet_is_told(
     assert {"cat-1.mp4", "cat-2.mp4", "cat-3.mp4"} < set(names(tmp_path / "made"))
 
 
+def test_latents_of_an_earlier_run_are_told_before_the_work(
+    make: Any, shell: Shell, toy_folder: Path, tmp_path: Path
+) -> None:
+    assert make("--out", "cat.mp4", "--keep-latents").status == 0
+    latents = latents_of(tmp_path / "made" / "cat.mp4")
+    (tmp_path / "made" / "cat.mp4").unlink()
+    ran = shell("generate", "a", "--out", "cat.mp4", "--model", toy_folder, "--device", "cpu")
+    assert (
+        f"{latents.name} is there, of an earlier run with this name; to go on from it: diffsynth" in ran.err
+    )
+    assert ran.status == 0 and latents.exists()
+
+
 def test_the_command_that_is_offered_after_nan_works(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -379,9 +392,13 @@ def test_a_pipeline_keeps_what_the_disk_refuses_and_spares_its_models(
     pipe = WanVideoPipeline.from_pretrained(model, torch_dtype=torch.float32, device="cpu")
     link = tmp_path / "link.safetensors"
     os.link(model / "dit.safetensors", link)
-    for path in (link, model / "vae.safetensors"):
+    for name, path in (
+        ("save_latents", link),
+        ("save_latents", model / "vae.safetensors"),
+        ("save_steps", link),
+    ):
         with pytest.raises(OutputPathError, match="is the same file as"):
-            pipe("a red circle", seed=0, save_latents=path)
+            pipe("a red circle", seed=0, **{name: path})
     with pytest.raises(ArgumentError, match="prompt is not UTF-8"):
         pipe(["a", "red \udce9"], seed=0)
     changes, out = swap(tmp_path / "out"), tmp_path / "out" / "cat.latents.safetensors"
