@@ -7,12 +7,14 @@ loaded, and nothing but the optimizer's own code computes.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from diffsynth.errors import ArgumentError, OutputPathError
+from diffsynth.errors import ArgumentError, DiffSynthError, OutputPathError
 from diffsynth.pipelines.noise import prepared_sampler
 from diffsynth.pipelines.request import read_request
 from diffsynth.training.checkpoints import find_resume, read_state, require_same_run
@@ -51,7 +53,8 @@ def check_run(config: TrainConfig, device: torch.device) -> None:
     if config.samples.prompts and not videos:
         logger.warning("samples.prompts are not made into videos: samples.every is 0.")
     for number in videos:
-        arguments_of(config.samples, number)
+        with _about_sample(number):
+            arguments_of(config.samples, number)
     # What only trains stops at once at whatever is wrong with its networks; its videos come later.
     if not config.model.dit or (config.run.task == "train" and not videos):
         return
@@ -82,4 +85,14 @@ def _check_videos(config: TrainConfig, loaded: Loaded) -> None:
         raise ArgumentError("samples.prompts needs a whole DiT on each GPU, which fsdp2 shards; use ddp.")
     parts = sampling_parts(config, loaded, torch.device("cpu"), outline=True)
     for number in range(len(config.samples.prompts)):
-        prepared_sampler(read_request(arguments_of(config.samples, number), parts, "official"))
+        with _about_sample(number):
+            prepared_sampler(read_request(arguments_of(config.samples, number), parts, "official"))
+
+
+@contextmanager
+def _about_sample(number: int) -> Iterator[None]:
+    """Say of an error of ``pipe()`` which setting it is about."""
+    try:
+        yield
+    except DiffSynthError as error:
+        raise ArgumentError(f"Sample video {number + 1} (section samples) cannot be made: {error}") from error

@@ -78,7 +78,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "prompts-vae": ({"samples": PROMPT, "model": {"vae": None}}, "samples.prompts needs"),
     "prompts-size": ({"samples": {**PROMPT, "height": -16}}, "height is -16"),
     "prompts-steps": ({"samples": {**PROMPT, "num_inference_steps": 0}}, "num_inference_steps is 0"),
-    "prompts-picture": ({"samples": {**PROMPT, "input_images": ["gone.png"]}}, "gone.png"),
+    "prompts-picture": ({"samples": {**PROMPT, "input_images": ["gone.png"]}}, "Sample video 1 .*gone.png"),
     "prompts-damaged": ({"samples": {**PROMPT, "input_images": ["broken.png"]}}, "broken.png"),
     "prompts-unread": ({"samples": {**PROMPT, "input_images": ["data/a.png"]}}, "image"),
     "holdout": ({"samples": {"every": 5, "holdout": 1}}, "samples.holdout is 1"),
