@@ -30,7 +30,9 @@ def save_tensors(
     from safetensors.torch import save
 
     # Written here and not by the library, whose errors do not tell a full disk from a wrong tensor.
-    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, dict(metadata))
+    # A text that is not UTF-8 (half a character in another program's metadata) is kept as an escape.
+    texts = {name: text.encode(errors="backslashreplace").decode() for name, text in metadata.items()}
+    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, texts)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     mode = 0o600 if is_private else 0o666
     with replacing(path) as temporary, open(os.open(temporary, flags, mode), "wb") as file:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from diffsynth import VideoData, VideoWriter, read_metadata, save_image, save_video
+from diffsynth.checkpoints.saving import save_tensors
 from diffsynth.cli import generate
 from diffsynth.cli.flags import FLAGS
 from diffsynth.cli.generate_task import with_task
@@ -206,7 +206,7 @@ def test_loras_and_models_are_never_written_over(shell: Shell, tmp_path: Path) -
     down, up = torch.zeros(2, 48), torch.zeros(48, 2)
     name = "diffusion_model.blocks.0.self_attn.q.lora"
     lora, link = tmp_path / "lora.safetensors", tmp_path / "link.safetensors"
-    save_file({f"{name}_A.weight": down, f"{name}_B.weight": up}, lora)
+    save_tensors(lora, {f"{name}_A.weight": down, f"{name}_B.weight": up}, {"title": "half of \ud83d"})
     os.link(base, link)
     for words, out in (
         (("convert", lora, "--to", "kohya"), lora),
