@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,9 @@ class Parts:
     has_image_positions: bool = True
     image_dim: int = 1280
     holds_first_frame: bool = False
+
+    def encode_video(self, video: Tensor, **tiles: Any) -> Tensor:
+        return self.vae.encode(video, **tiles)
 
 
 def picture(frames: Tensor) -> Image.Image:
