@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth.checkpoints.checkpoint import Checkpoint
-from diffsynth.cli.flags import FLAGS, Flag
+from diffsynth.cli.flags import FLAGS, Flag, short_dtype
 from diffsynth.cli.generate_task import Picked, opened_video
 from diffsynth.cli.naming import Reserved, Resumed
 from diffsynth.cli.task_flags import BESIDE_FLAGS, TASK_FLAGS
@@ -316,7 +316,7 @@ def _check_same(
         now = given[flag.name]
         if flag.name in (*FREE, "resume") or is_path(flag) or not _is_now(flag, given):
             continue
-        if now != then[flag.name]:
+        if now != then[flag.name] and not _is_same_dtype(flag, now, then[flag.name]):
             had = then[flag.name] if _is_given(then[flag.name]) else "not given"
             found.append(f"{_spelling(flag)} is {now} and the run's is {had}")
     for flag in TASK_FLAGS:
@@ -327,6 +327,10 @@ def _check_same(
             f"--resume {steps} goes on with a run as it was begun, but {'; '.join(found)}. Leave that out, "
             "or leave --resume out to begin anew."
         )
+
+
+def _is_same_dtype(flag: Flag, now: object, then: object) -> bool:
+    return flag.name == "dtype" and short_dtype(str(now)) == short_dtype(str(then))
 
 
 def _check_there(steps: Path, flags: list[Flag], values: Mapping[str, Any]) -> None:

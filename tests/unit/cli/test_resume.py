@@ -137,7 +137,7 @@ def test_what_would_make_another_run_is_named_and_the_rest_is_free(
                 ran.err
             )
     ran = shell(
-        "generate", "a red circle", "--resume", file, "--seed", 3, "--steps", 4, "--vram", "none",
+        "generate", "a red circle", "--resume", file, "--seed", 3, "--dtype", "fp32", "--vram", "none",
     )  # fmt: skip
     assert ran.status == 1 and "--vram is 'none'; give GiB" in ran.err, "it is free, and was read"
     other = tmp_path / "other.mp4"
