@@ -28,7 +28,14 @@ from diffsynth.cli.output import (
     write_video,
 )
 from diffsynth.cli.preview import NUM_SEEDS, line_for_refining, save_sheet, smaller
-from diffsynth.cli.resume import check_save_every, flags_for, forget_steps, resumed, steps_arguments
+from diffsynth.cli.resume import (
+    OF_THE_RUN,
+    check_save_every,
+    flags_for,
+    forget_steps,
+    resumed,
+    steps_arguments,
+)
 from diffsynth.cli.text_on_cpu import text_on_cpu
 from diffsynth.errors import (
     ArgumentError,
@@ -131,6 +138,7 @@ def make(prompt: str, values: Mapping[str, Any]) -> None:
         if output.names.sheet is not None:
             sheet = save_sheet(paths, settings, output.names.sheet, overwrite=output.names.overwrites)
             typer.echo(f"{sheet}; go on with: {line_for_refining(paths[0], values)}")
+            forget_steps(values, output.names)
 
 
 def _write(
@@ -147,7 +155,8 @@ def _write(
     tiles = {name: values[name] for name in TILE_FLAGS if values[name] is not None}
     # All of them before the first is decoded: what was computed is safe from here on.
     kept = [_keep(pipe, latents, output, i, values["device"], each) for i, each in enumerate(settings)]
-    forget_steps(values, output.names)
+    if output.names.sheet is None:  # which no latents make
+        forget_steps(values, output.names)
     paths = []
     for index, each in enumerate(settings):
         with latents_kept(*kept[index:]):
@@ -437,7 +446,7 @@ def _settings(
     from diffsynth.pipelines.saved_latents import provenance
 
     settings = provenance(pipe.parts, pipe.precision, {**pipe.last_settings, **more})
-    for name in ("num_videos_per_prompt", "strict", "output_type"):  # of the run, not of this video
+    for name in OF_THE_RUN:
         settings.pop(name, None)
     if loras:
         settings["loras"] = {path.name: strength for path, strength in loras}

@@ -31,7 +31,8 @@ from diffsynth.cli.flags import FLAGS, Flag, short_dtype
 from diffsynth.cli.generate_task import Picked, opened_video
 from diffsynth.cli.naming import Reserved, Resumed
 from diffsynth.cli.task_flags import BESIDE_FLAGS, TASK_FLAGS
-from diffsynth.errors import ArgumentError, CheckpointNotFoundError
+from diffsynth.errors import ArgumentError, CheckpointNotFoundError, DiffSynthError
+from diffsynth.video import read_metadata
 from diffsynth.video.paths import user_cache
 
 LINE_FLAGS = tuple(flag for flag in FLAGS if flag.name != "debug")
@@ -42,6 +43,7 @@ FREE = (
     "device", "vram", "ram", "num_persistent", "quiet", "keep_latents", "save_every", "out", "overwrite",
     "cache_text", "download",
 )  # fmt: skip
+OF_THE_RUN = ("num_videos_per_prompt", "strict", "output_type")  # settings that its files do not hold
 _NOT_STORED = ("resume", "download")
 _NOTHING: dict[str, Any] = dict.fromkeys(flag.name for flag in LINE_FLAGS)
 _WEIGHTS = ("model", "dit", "lora")
@@ -116,6 +118,7 @@ def resumed(prompt: str | None, given: Mapping[str, Any]) -> tuple[str, dict[str
             run_id=line["run_id"], paths=tuple(map(Path, line["paths"])),
             sheet=None if line["sheet"] is None else Path(line["sheet"]),
         )  # fmt: skip
+        values["overwrite"] = values["overwrite"] or _has_only_own(names, metadata)
     else:
         _check_allowed(steps, recorded, values, now)
         values.update({**_foreign_names(steps, then), **now})
@@ -341,6 +344,26 @@ def _check_there(steps: Path, flags: list[Flag], values: Mapping[str, Any]) -> N
                 f"The run of {steps} had {_spelling(flag)} {path}, which is not there any more. Say where it "
                 f"is now:\n  diffsynth generate --resume {shlex.quote(str(steps))} {_spelling(flag)} PATH"
             )
+
+
+def _has_only_own(names: Resumed, metadata: Mapping[str, str]) -> bool:
+    """Whether what has the run's names already was made with its settings and seeds, so that nothing is lost.
+
+    A run with a contact sheet may have died when some of its videos were done; they are made again.
+    """
+    try:
+        told = json.loads(metadata["steps"])
+        settings = {n: v for n, v in told["facts"]["settings"].items() if v != "" and n not in OF_THE_RUN}
+        seeds = {path: told["seed"] + index for index, path in enumerate(names.paths)}
+        if names.sheet is not None:
+            seeds[names.sheet] = told["seed"]
+        made = {path: read_metadata(path) for path in seeds if os.path.lexists(path)}
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, DiffSynthError):
+        return False
+    wanted = {path: {**settings, "seed": seeds[path]} for path in made}
+    return bool(made) and all(
+        own.get(name) == value for path, own in made.items() for name, value in wanted[path].items()
+    )
 
 
 def _check_allowed(steps: Path, flags: list[Flag], values: Mapping[str, Any], now: Mapping[str, Any]) -> None:

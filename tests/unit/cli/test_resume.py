@@ -93,6 +93,29 @@ def test_a_run_that_died_goes_on_with_nothing_but_its_file(
         assert path.with_name(path.name.replace("whole", "video")).read_bytes() == path.read_bytes()
 
 
+def test_a_preview_that_died_before_its_sheet_goes_on_under_its_names(
+    make: Callable[..., Ran], shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    preview = ("--preview", "--num-videos-per-prompt", 2)
+    assert make(*preview, out="whole.mp4").status == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("diffsynth.cli.generate.save_sheet", interrupted)
+        assert make(*preview).status == 130
+        assert make(*preview, out="other.mp4").status == 130
+    (file,), (other,) = (tmp_path.glob(f"{name}-1.*.steps.safetensors") for name in ("video", "other"))
+    assert shell("generate", "--resume", file).status == 0
+    made = ["video-1.mp4", "video-2.mp4", "video-sheet.png"]
+    assert [name for name in names(tmp_path) if name.startswith("video")] == made
+    assert (tmp_path / "video-2.mp4").read_bytes() == (tmp_path / "whole-2.mp4").read_bytes()
+    (tmp_path / "other-1.mp4").write_text("mine")
+    assert shell("generate", "--resume", other).status == 0
+    assert (tmp_path / "other-1.mp4").read_text() == "mine" and (tmp_path / "other-sheet_2.png").exists()
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_loras_inputs_and_a_drawn_seed_are_found_again(
     make: Callable[..., Ran], shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
