@@ -80,7 +80,9 @@ class PipelineComponents:
             tile_stride: distance between tiles.
         """
         assert self.vae is not None
-        tiling = Tiling(self.tiled) if tile_size is None else Tiling(True, tile_size, tile_stride)
+        # Without a size the whole comes first, also in a call in tiles: so a reference is coded, as in v1.
+        whole_first = Tiling(False if self.tiled is False else None)
+        tiling = whole_first if tile_size is None else Tiling(True, tile_size, tile_stride)
         by_plan = self.tiled_by_plan
         encoder = VideoEncoder(vae=self.vae, device=self.device, tiling=tiling, tiled_by_plan=by_plan)
         return encoder.latents(video)

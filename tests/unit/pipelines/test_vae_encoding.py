@@ -111,3 +111,12 @@ def test_every_encode_of_a_call_obeys_the_plan(
         output_type="latent", progress_bar_cmd=iter, **call,
     )  # fmt: skip
     assert sizes and set(sizes) == {(30, 52)}
+
+
+def test_a_reference_is_encoded_whole_also_in_a_call_in_tiles() -> None:
+    pipe = WanVideoPipeline.from_pretrained(toy_files("reference"), torch_dtype=torch.float32, device="cpu")
+    assert pipe.parts.vae is not None
+    picture = torch.rand(1, 3, 1, 32, 48)
+    pipe.parts.tiled = True
+    with torch.no_grad():
+        assert torch.equal(pipe.parts.encode_video(picture), pipe.parts.vae.encode(picture))
