@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from diffsynth.cli.ending import plain_errors
-from diffsynth.cli.naming import Names, Reserved, naming_of, reserved
-from diffsynth.cli.output import as_spelled
 from diffsynth.errors import ArgumentError
-from diffsynth.video.paths import IMAGE_SUFFIXES, write_whole
 from diffsynth.vram_management.rates import DEFAULT_RATES
 
 if TYPE_CHECKING:
+    from diffsynth.cli.naming import Names, Reserved
     from diffsynth.training.dataset.clips import DatasetPlan
     from diffsynth.training.dataset.config import DatasetConfig
     from diffsynth.vram_management.rates import DiTSizes
@@ -151,6 +149,9 @@ def run_check(configs: Sequence[DatasetConfig], request: CheckRequest) -> None:
     Raises:
         DiffSynthError: what is wrong with a dataset, or with what was asked.
     """
+    from diffsynth.cli.naming import reserved
+    from diffsynth.video.paths import IMAGE_SUFFIXES
+
     if request.sheet is None:
         if request.overwrite:
             raise ArgumentError("--overwrite is about the --sheet, which is missing; leave it out.")
@@ -188,7 +189,9 @@ def _report(configs: Sequence[DatasetConfig], request: CheckRequest, sheet: Rese
 
 def _draw(plan: DatasetPlan, sheet: Reserved, undecodable: list[str]) -> Path:
     """Draw the sheet and return its path; what could not be decoded for it is added to ``undecodable``."""
+    from diffsynth.cli.output import as_spelled
     from diffsynth.training.dataset.sheet import write_sheet
+    from diffsynth.video.paths import write_whole
 
     (path,) = sheet.paths
     target = Path(os.path.realpath(path.expanduser()))
@@ -200,6 +203,8 @@ def _draw(plan: DatasetPlan, sheet: Reserved, undecodable: list[str]) -> Path:
 
 
 def _sheet_names(sheet: Path, configs: Sequence[DatasetConfig], *, overwrite: bool) -> Names:
+    from diffsynth.cli.naming import Names, naming_of
+
     target = sheet.expanduser().resolve()
     for config in configs:
         folder = Path(config.path).expanduser().resolve()

@@ -14,10 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from diffsynth.cli.ending import plain_errors
-from diffsynth.cli.naming import Names, naming_of, reserved
-from diffsynth.cli.output import as_spelled
 from diffsynth.errors import ArgumentError, LoRAError
-from diffsynth.video.paths import told_size, write_whole
 
 if TYPE_CHECKING:
     from diffsynth.checkpoints.architecture import Match
@@ -94,6 +91,7 @@ def merge(
     with plain_errors():
         from diffsynth.lora.merging import merge as merge_into
         from diffsynth.models.lora_experts import number
+        from diffsynth.video.paths import told_size
 
         weights = weight or [1.0] * len(lora)
         if len(weights) != len(lora):
@@ -127,6 +125,7 @@ def extract(
     with plain_errors():
         from diffsynth.lora.dialects import write_loras
         from diffsynth.lora.merging import extract as extract_from
+        from diffsynth.video.paths import told_size
 
         if rank < 1:
             raise ArgumentError(f"--rank is {rank}; give 1 or more (32 is usual).")
@@ -142,6 +141,10 @@ def _written(
     out: Path, inputs: Sequence[Path], *, overwrite: bool
 ) -> Iterator[Callable[[Callable[[Path], object]], Path]]:
     """Check and claim a name; what is given is called with a function that writes, and returns the path."""
+    from diffsynth.cli.naming import Names, naming_of, reserved
+    from diffsynth.cli.output import as_spelled
+    from diffsynth.video.paths import write_whole
+
     names = Names(out=out, naming=naming_of(is_named=True, overwrite=overwrite), inputs=inputs)
     with reserved(names, (".safetensors",)) as found:
         (path,) = found.paths

@@ -120,7 +120,7 @@ def test_every_flag_of_a_call_reaches_the_pipeline(
         "tiled": True, "tile_size": (4, 4), "tile_stride": (2, 3), "cache_text": tmp_path / "texts",
         "preset": "lightx2v-4step", "resize": "contain", "max_area": 1536, "fit": "hold",
         "camera_control_direction": "Left", "camera_control_speed": 0.02, "motion_bucket_id": 30.0,
-        "vace_scale": 0.5, **opened,
+        "vace_scale": 0.5, "single_expert": True, **opened,
     }  # fmt: skip
     assert set(values) == {flag.name for flag in FLAGS if flag.is_call}
     arguments: list[object] = []
