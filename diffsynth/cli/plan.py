@@ -14,7 +14,6 @@ from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.detect import detect
 from diffsynth.checkpoints.files import group_files
 from diffsynth.cli.flags import TORCH_NAMES
-from diffsynth.cli.output import log_to_stderr
 from diffsynth.errors import (
     AmbiguousModelError,
     ArgumentError,
@@ -336,6 +335,8 @@ def run_plan(paths: list[str], request: PlanRequest, as_json: bool) -> None:
         ArgumentError: for values that cannot work.
         SystemExit: with status 1 when it does not fit.
     """
+    from diffsynth.cli.output import log_to_stderr
+
     _check_limits(request)
     parts = find_parts(paths)
     try:

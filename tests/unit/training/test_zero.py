@@ -71,7 +71,7 @@ def test_without_its_package_it_is_told_what_to_install(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(zero, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackageError, match=r"pip install 'diffsynth\[deepspeed\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install .*\[deepspeed\]"):
         deepspeed_strategy(config_of(settings, tmp_path, run={"strategy": "deepspeed_stage_2"}))
 
 
