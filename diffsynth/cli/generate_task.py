@@ -21,6 +21,7 @@ from diffsynth.cli.task_flags import BESIDE_FLAGS, EXTEND_FLAGS, GPUS_FLAGS, TAS
 from diffsynth.cli.tasks import TASKS, USUAL_TASK, USUAL_TASK_22, Task
 from diffsynth.errors import ArgumentError, UnusedInputError
 from diffsynth.video import VideoData
+from diffsynth.video.probing import probe_media
 
 if TYPE_CHECKING:
     from diffsynth.video import Frame
@@ -352,9 +353,26 @@ def fit_source(num_frames: int, height: int, width: int, *, area: int, max_frame
     return Fit(height=16 * rows, width=16 * max(1, squares // rows), frames=frames)
 
 
+# Facts of files -> what a warning says of a video that has them: its frames are taken as they are stored.
+ODD = {
+    "is_anamorphic": "pixels are not square, and are taken as if they were, so that it gets wider or "
+    "narrower: convert it first, by ffmpeg -i IN -vf 'scale=iw*sar:ih,setsar=1' OUT",
+    "is_hdr": "levels are HDR (PQ or HLG), and are taken as they are, which is pale and flat: convert it to "
+    "SDR first, by ffmpeg's zscale and tonemap",
+    "is_interlaced": "frames are interlaced: what moves has combs at its edges. Deinterlace it first, "
+    "by ffmpeg -i IN -vf bwdif OUT",
+}
+
+
 def opened_video(path: Path) -> VideoData:
-    """A video file, or a folder of pictures."""
-    return VideoData(image_folder=path) if path.is_dir() else VideoData(path)
+    """A video file, or a folder of pictures; what of a file is not as players show it is said."""
+    if path.is_dir():
+        return VideoData(image_folder=path)
+    video = VideoData(path)
+    facts = probe_media(path)
+    for name in (name for name in ODD if getattr(facts, name)):
+        logger.warning("%s: its %s.", path, ODD[name])
+    return video
 
 
 class Picked(Sequence["Frame"]):

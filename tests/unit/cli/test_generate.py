@@ -18,8 +18,10 @@ from diffsynth import VideoData, __version__, read_metadata, save_frames, save_v
 from diffsynth.cli import generate
 from diffsynth.cli.app import main
 from diffsynth.cli.flags import FLAGS
+from diffsynth.cli.generate_task import opened_video
 from diffsynth.errors import DiffSynthError
 from diffsynth.pipelines.wan_video import WanVideoPipeline
+from tests.pictures import write_odd
 from tests.toys import write_toy_dit
 from tests.unit.cli.running import Ran, Shell, latents_of
 
@@ -100,6 +102,24 @@ def test_a_video_can_be_the_start(make: Any, tmp_path: Path) -> None:
         assert read_metadata(path)["denoising_strength"] == 0.5 and path.read_bytes() != alone
     ran = make("--input-video", tmp_path / "absent.mp4", "--denoising-strength", 0.5)
     assert ran.status == 1 and "absent.mp4 does not exist" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("sar=4/3", ["pixels are not square"]),
+        ("transfer=smpte2084", ["HDR"]),
+        ("interlaced=1", ["interlaced"]),
+        ("keyint=1", []),
+    ],
+    ids=["anamorphic", "hdr", "interlaced", "plain"],
+)
+def test_what_of_a_video_is_not_as_players_show_it_is_said(
+    options: str, words: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened_video(write_odd(tmp_path / "in.mp4", options))
+    assert len(caplog.messages) == len(words)
+    assert all(word in message for word, message in zip(words, caplog.messages, strict=True))
 
 
 def test_every_flag_of_a_call_reaches_the_pipeline(
