@@ -150,7 +150,7 @@ LATE = [
     ("G --attention foo", "'foo' is no kernel"),
     ("G --preset foo", "preset is 'foo'; known"),
     ("G --tile-size 0 0 --tiled", "tile_size is (0, 0)"),
-    ("G --dit foo", "dit='foo' names 0 of the loaded DiTs"),
+    ("G --dit foo", "--dit says something of --model, which was not given"),
     ("G --lora text.txt", "neither a torch file nor safetensors"),
     ("G --lora half.safetensors", "the file is incomplete"),
     ("G --tokenizer-path nowhere", "needs its tokenizer"),
