@@ -394,6 +394,12 @@ class Run:
 def course_of(config: TrainConfig, state: State) -> Course | None:
     """Where the learning rate of a run that goes on follows its schedule; None: over the whole run."""
     if not state.course:
+        if config.optimizer.schedule != "constant":
+            logger.warning(
+                "The checkpoint is of an earlier version and does not tell how many steps its run had: the "
+                "learning rate follows its schedule over run.steps %d, and jumps where they were others.",
+                config.run.steps,
+            )
         return None
     now = OptimizerConfig(**{name: getattr(config.optimizer, name) for name in RATE_SETTINGS})
     told = {**json.loads(state.facts["learning rate"]), **json.loads(state.facts["optimizer settings"])}

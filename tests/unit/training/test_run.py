@@ -23,8 +23,9 @@ from diffsynth.training import run as training_run
 from diffsynth.training.batches import Batches
 from diffsynth.training.cached_dataset import open_cache
 from diffsynth.training.callbacks import Saver
+from diffsynth.training.checkpoints import State
 from diffsynth.training.objective import FlowMatchObjective
-from diffsynth.training.run import RunReport, train
+from diffsynth.training.run import RunReport, course_of, train
 from tests.unit.training.toy_runs import (
     ADAMW,
     config_of,
@@ -443,3 +444,13 @@ class Switching(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         assert self.trains, "not in train mode"
         return super().step(closure)
+
+
+@pytest.mark.parametrize(("schedule", "count"), [("cosine", 1), ("constant", 0)])
+def test_a_checkpoint_that_does_not_tell_its_steps_warns_of_a_jump(
+    schedule: str, count: int, settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(settings, tmp_path, optimizer={"schedule": schedule})
+    of_before = State(step=1, epoch=0, tensors={}, optimizers=[], averages={}, facts={})
+    assert course_of(config, of_before) is None
+    assert sum("does not tell how many steps" in message for message in caplog.messages) == count
