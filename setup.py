@@ -21,7 +21,7 @@ TRAIN = ["lightning>=2.4", "pyyaml>=6"]
 DEEPSPEED = [*TRAIN, "deepspeed>=0.15"]
 CONTROL = ["opencv-python>=4.8", "transformers>=4.46", "rtmlib>=0.0.13", "onnxruntime>=1.17"]
 PEERS = ["peft>=0.14", "diffusers>=0.35", "transformers>=4.46"]  # what our numbers are compared with
-TEST = [*TRAIN, *PEERS, "pytest>=8", "opencv-python-headless>=4.8"]
+TEST = [*TRAIN, *PEERS, "pytest>=8", "pytest-xdist>=3.6", "opencv-python-headless>=4.8"]
 DEV = [*TEST, "ruff>=0.9", "mypy>=1.14", "codespell>=2.3", "pre-commit>=4", "types-tqdm"]
 
 setup(

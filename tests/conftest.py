@@ -16,6 +16,8 @@ import torch
 # read by the libraries when they are imported, so before any test is collected
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker for each core, not threads for each worker
 
 LOCAL = ("127.", "::1", "localhost")
 
@@ -51,6 +53,12 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.toys import write_toy_folder
 
     return write_toy_folder(tmp_path_factory.mktemp("toy"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With ``-n``, the tests of a file stay together: they share what its fixtures make."""
+    if getattr(config.option, "dist", None) == "load":
+        config.option.dist = "loadfile"
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

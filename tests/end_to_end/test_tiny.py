@@ -50,7 +50,7 @@ def test_videos_show_what_captions_say(row: Tally) -> None:
     assert row.shape >= 90 and row.motion >= 84 and row.all_three >= 82, row
 
 
-@pytest.mark.parametrize("num_frames", [5, 9, 25])
+@pytest.mark.parametrize("num_frames", [5, 9, pytest.param(25, marks=pytest.mark.slow)])
 def test_other_lengths_work(num_frames: int, pipe: WanVideoPipeline) -> None:
     captions = _captions(6, seed=num_frames, num_frames=num_frames)
     clips = pipe(captions, seed=3, num_frames=num_frames, output_type="np")

@@ -100,14 +100,16 @@ def _reports_of(item: pytest.Item) -> list[pytest.TestReport]:
         is_fault = os.environ.get("CI") == "true"
         return [_report(item, "failed" if is_fault else "skipped", f"no simulated CUDA runtime: {reason}")]
     started = item.config.stash.setdefault(_INSIDE, {})
-    gpu = gpu_of(item)
-    if gpu not in started:
-        started[gpu] = Inside(gpu, [other for other in item.session.items if _is_of(other, gpu)])
-    return started[gpu].reports_of(item)
+    group = _group_of(item)
+    if group not in started:
+        items = [other for other in item.session.items if FOLDER in other.path.parents]
+        started[group] = Inside(gpu_of(item), [other for other in items if _group_of(other) == group])
+    return started[group].reports_of(item)
 
 
-def _is_of(item: pytest.Item, gpu: Gpu) -> bool:
-    return FOLDER in item.path.parents and gpu_of(item) == gpu
+def _group_of(item: pytest.Item) -> tuple[Gpu, Path | None]:
+    """What shares a process: where pytest itself has several (``-n``), a file is run by one of them."""
+    return gpu_of(item), item.path if hasattr(item.config, "workerinput") else None
 
 
 class Inside:
@@ -162,7 +164,7 @@ class Inside:
         self._work.cleanup()
 
 
-_INSIDE = pytest.StashKey[dict[Gpu, Inside]]()
+_INSIDE = pytest.StashKey[dict[tuple[Gpu, Path | None], Inside]]()
 
 
 def _report(item: pytest.Item, outcome: str, text: str) -> pytest.TestReport:

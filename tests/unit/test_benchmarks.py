@@ -37,7 +37,7 @@ CALLS = [
     ),
     pytest.param("overhead.py", [], id="overhead"),
     pytest.param("lora_fuse.py", ["--dim", "160", "--ffn-dim", "256", "--rank", "4"], id="lora_fuse"),
-    pytest.param("micro.py", ["--scale", "0.02"], id="micro"),
+    pytest.param("micro.py", ["--scale", "0.02"], id="micro", marks=pytest.mark.slow),
     pytest.param("dataset_check.py", ["--clips", "4"], id="dataset_check"),
     pytest.param("cache.py", ["--clips", "3", "--size", "32", "--frames", "5"], id="cache"),
 ]

@@ -201,7 +201,7 @@ def test_the_compiler_leaves_attention_out_in_training_and_in_validation() -> No
     assert len(seen) == 4 * NUM_BLOCKS and not any(seen)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param("full", marks=pytest.mark.slow), "keep_attention"])
 def test_compiled_blocks_give_the_same_within_rounding(mode: Mode) -> None:
     dit = toy_dit()
     tuned = tune(dit, (), LORA)
