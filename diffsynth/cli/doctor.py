@@ -190,6 +190,8 @@ def _torch() -> Iterator[Finding]:
 def _gpus(topic: str) -> Iterator[Finding]:
     import torch
 
+    from diffsynth.ops.convolution import cudnn_text, cudnn_version, slow_convolutions
+
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
@@ -199,6 +201,12 @@ def _gpus(topic: str) -> Iterator[Finding]:
             name=f"GPU cuda:{index}",
             found=f"{card.name}, {total / _GIB:.1f} GiB ({free / _GIB:.1f} free), "
             f"compute capability {card.major}.{card.minor}{fp8}",
+        )
+    version = cudnn_version()
+    if version is not None:
+        found = f"{cudnn_text(version)}, computes the convolutions of the VAE"
+        yield Finding(
+            topic=topic, name="cuDNN", found=found, remedy=slow_convolutions() or "", is_optional=True
         )
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from diffsynth.errors import ArgumentError, MissingModelError
+from diffsynth.ops.convolution import warn_of_slow_convolutions
 from diffsynth.ops.tiling import Tile, blend_mask, tile_starts
 from diffsynth.pipelines.rungs import Rung, Tiling, ladder, make_room, on_cpu, step_down
 from diffsynth.video import tensor_to_frames, to_pil
@@ -155,6 +156,7 @@ class VideoDecoder:
         raise AssertionError("the last rung returns or raises")
 
     def _ladder(self, latents: Tensor) -> list[Rung]:
+        warn_of_slow_convolutions(self.vae, self.device)
         size = (latents.shape[3], latents.shape[4])
         return ladder(self.tiling, size, self.device, tiled_by_plan=self.tiled_by_plan)
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diffsynth.ops.convolution import warn_of_slow_convolutions
 from diffsynth.pipelines.rungs import Rung, Tiling, ladder, make_room, on_cpu, step_down
 
 
@@ -48,6 +49,7 @@ class VideoEncoder:
         Raises:
             torch.OutOfMemoryError: when the last rung does not fit either; says what to do.
         """
+        warn_of_slow_convolutions(self.vae, self.device)
         stride = self.vae.spatial_stride
         size = (video.shape[3] // stride, video.shape[4] // stride)
         rungs = ladder(self.tiling, size, self.device, tiled_by_plan=self.tiled_by_plan)

@@ -7,7 +7,10 @@ import logging
 import pytest
 import torch
 
+from diffsynth.cli import doctor
 from diffsynth.models.wan.vae import WanVideoVAE
+from diffsynth.ops import convolution
+from diffsynth.pipelines.decoding import VideoDecoder
 from diffsynth.pipelines.rungs import Tiling
 from diffsynth.pipelines.vae_encoding import VideoEncoder
 from diffsynth.vram_management.plan import layers_of_module, plan_memory
@@ -61,3 +64,23 @@ def test_memory_does_not_grow_with_the_length_of_a_video(vae: WanVideoVAE) -> No
         vae.encode(host_video(num_frames, 240, 416))
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[1] - peaks[0] < 2 << 20  # latents alone
+
+
+def test_a_cudnn_that_torch_leaves_out_is_told_by_the_first_encode_or_decode(
+    vae: WanVideoVAE, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.10.0+cu128")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    encoder = VideoEncoder(vae=vae, device=CUDA, tiling=Tiling())
+    decoder = VideoDecoder(vae=vae, device=CUDA, tiling=Tiling())
+    for work in (encoder.latents, lambda video: list(decoder.frames(encoder.latents(video)))):
+        convolution._warn.cache_clear()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="diffsynth"):
+            for _ in range(2):
+                work(host_video(1, 64, 64))
+        assert [record.getMessage().partition(" computes")[0] for record in caplog.records] == [
+            "torch 2.10.0+cu128 with cuDNN 9.10.2"
+        ]
+    [found] = [finding for finding in doctor._gpus("PyTorch") if finding.name == "cuDNN"]
+    assert found.found.startswith("9.10.2") and ">=9.15'" in found.remedy

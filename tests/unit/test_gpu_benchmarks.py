@@ -163,19 +163,45 @@ def test_missing_peer_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert installed("torch") is not None
 
 
+NAMES = [part.name for part in all_parts.PARTS]
+
+
+def test_nine_minutes_hold_the_parts_that_tell_most() -> None:
+    now, later = all_parts.choose(all_parts.PARTS, seconds=540, slower=1.0)
+    assert [part.name for part in now] == ["480P", "streamed", "fp8", "vae", "train"]
+    assert [part.name for part in (*now, *later)] == NAMES
+
+
 def test_parts_that_do_not_fit_are_put_off() -> None:
-    now, later = all_parts.choose(all_parts.PARTS, seconds=400, slower=1.0)
-    assert [part.name for part in now] == ["480P", "vae"]
-    assert [part.name for part in later] == ["fp8", "720P", "v1", "experts", "train"]
+    now, later = all_parts.choose(all_parts.PARTS, seconds=330, slower=1.0)
+    assert [part.name for part in now] == ["480P", "streamed", "vae"]
+    assert [part.name for part in later] == [
+        name for name in NAMES if name not in ("480P", "streamed", "vae")
+    ]
     assert all_parts.choose(all_parts.PARTS, seconds=400, slower=10.0)[0] == []
 
 
 def test_all_names_the_parts_it_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         all_parts.main(["--out", str(tmp_path), "--parts", "vea"])
-    assert "known: 480P, vae, fp8, 720P, v1, experts, train" in capsys.readouterr().err
+    assert f"known: {', '.join(NAMES)}" in capsys.readouterr().err
     assert all_parts.main(["--out", str(tmp_path), "--minutes", "0"]) == 0
-    assert "no time for: --parts 480P,vae,fp8,720P,v1,experts,train" in capsys.readouterr().out
+    assert f"no time for: --parts {','.join(NAMES)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", all_parts.PARTS, ids=lambda part: part.name)
+def test_a_scripts_own_parser_takes_the_words_of_a_part(part: all_parts.Part, monkeypatch) -> None:
+    module = importlib.import_module(f"benchmarks.gpu.{part.script}")
+    reached = []
+
+    def stop(*given: object) -> None:
+        reached.append(given)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(module, "recorder", stop)
+    with pytest.raises(SystemExit, match="0"):
+        module.main(list(part.words))
+    assert reached
 
 
 def test_part_that_fails_or_hangs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
