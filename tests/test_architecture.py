@@ -38,6 +38,8 @@ LIGHT = (
     *(f"vram_management/{name}.py" for name in ("plan", "memory_plan", "arrange", "choices", "activations")),
     *(f"vram_management/{name}.py" for name in ("layers", "rates")),
     "cli",
+    "conditioning",
+    "pipelines/options.py",
     "video",
     "data",
     "lazy.py",

@@ -1,12 +1,12 @@
-"""Flags of ``generate`` and ``decode``: one row each, named as the argument of ``pipe()`` that it gives.
+"""Flags of ``generate`` and ``decode``: those of arguments of ``pipe()``, and the command's own, a row each.
 
-Nothing here imports torch, so that ``--help`` costs none; a test keeps the table equal to the arguments of
-``pipe()``.
+Nothing here imports torch, so that ``--help`` costs none.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,9 @@ from typing import Any
 
 import typer
 
-SamplerName = Enum("SamplerName", {"euler": "euler", "unipc": "unipc", "dpmpp": "dpm++"}, type=str)
+from diffsynth.conditioning.argument import GROUPS, TILES, Argument, Kind
+from diffsynth.pipelines.options import call_arguments
+
 TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "float8_e4m3fn"}
 DtypeName = Enum(  # every spelling of --dtype
     "DtypeName",
@@ -28,12 +30,14 @@ DtypeName = Enum(  # every spelling of --dtype
     type=str,
 )  # fmt: skip
 Fp8ComputeName = Enum("Fp8ComputeName", {"widened": "widened", "fp8": "fp8"}, type=str)
-FitName = Enum("FitName", {"trim": "trim", "hold": "hold"}, type=str)
-ResizeName = Enum("ResizeName", {"cover": "cover", "stretch": "stretch", "contain": "contain"}, type=str)
 PrecisionName = Enum("PrecisionName", {"official": "official", "v1": "v1"}, type=str)
 
-VIDEO, GUIDANCE, SOURCE = "The video", "Steps and guidance", "Start from a video"
-TILES, MODEL, MEMORY, FILE = "VAE in tiles", "The model", "Memory and kernels", "The file"
+MODEL, MEMORY, FILE = "The model", "Memory and kernels", "The file"
+# what typer reads where an argument is of this kind
+KINDS: Mapping[Kind, Any] = {
+    "text": str, "whole": int, "number": float, "numbers": float, "switch": bool, "pair": tuple[int, int],
+    "path": Path, "picture": Path, "video": Path, "pictures": list[Path],
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,76 +51,50 @@ class Flag:
     spellings: tuple[str, ...] = ()  # default: --the-name
     default: object = None
     is_hidden: bool = False  # from --help
+    argument: Argument | None = None  # of `pipe()`, that it gives
+    official: tuple[str, ...] = ()  # flags of Wan's own generate.py that mean it
 
     @property
     def is_call(self) -> bool:
         """Whether `pipe()` has an argument of this name."""
-        return self.panel in (VIDEO, GUIDANCE, SOURCE, TILES)
+        return self.argument is not None
+
+    @property
+    def all_spellings(self) -> tuple[str, ...]:
+        """How it may be written; the first is how we write it."""
+        return _spellings(self.name, self.spellings)
 
 
-FLAGS: tuple[Flag, ...] = (
-    Flag(name="negative_prompt", kind=str, panel=VIDEO, help="What to keep away from."),
-    Flag(name="height", kind=int, panel=VIDEO, help="Pixels, a multiple of 16; Wan2.1: 480."),
-    Flag(name="width", kind=int, panel=VIDEO, help="Pixels, a multiple of 16; Wan2.1: 832."),
-    Flag(name="num_frames", kind=int, panel=VIDEO, help="4 k + 1; Wan2.1: 81. 1 makes a picture."),
-    Flag(name="num_videos_per_prompt", kind=int, panel=VIDEO,
-         help="How many, numbered NAME-1, NAME-2 ...; each with a seed one higher."),
-    Flag(name="seed", kind=int, panel=VIDEO, help="One number, one video; drawn if not given."),
-    Flag(name="strict", kind=bool, panel=VIDEO, default=False, spellings=("--strict",),
-         help="Refuse sizes that do not fit the model instead of taking the next that do."),
-    Flag(name="cache_text", kind=Path, panel=VIDEO,
-         help="Folder of encoded prompts: each is encoded once; later runs leave the text encoder out."),
-    Flag(name="preset", kind=str, panel=GUIDANCE,
-         help="Settings of a step-distilled model or LoRA: lightx2v-4step. Flags given beside it win."),
-    Flag(name="num_inference_steps", kind=int, panel=GUIDANCE, spellings=("--num-inference-steps", "--steps"),
-         help="Calls of the model; Wan2.1: 50."),
-    Flag(name="cfg_scale", kind=float, panel=GUIDANCE,
-         help="How strongly the prompt pulls; Wan2.1: 5. 1 is no guidance, in half the time."),
-    Flag(name="cfg_scale_low_noise", kind=float, panel=GUIDANCE,
-         help="The same for the low-noise expert of a model that has two."),
-    Flag(name="sampler", kind=SamplerName, panel=GUIDANCE, help="How noise becomes video."),
-    Flag(name="sigma_shift", kind=float, panel=GUIDANCE,
-         help="How far noise levels lean to the noisy end: 1 is even, 3 to 12 are usual."),
-    Flag(name="switch_DiT_boundary", kind=float, panel=GUIDANCE, spellings=("--switch-dit-boundary",),
-         help="Noise level, 0 to 1, where the low-noise expert takes over."),
-    Flag(name="single_expert", kind=bool, panel=GUIDANCE, spellings=("--single-expert",),
-         help="Let one expert of a pair take every step, where the other is not in --model."),
-    Flag(name="input_video", kind=Path, panel=SOURCE, spellings=("--input-video", "--init_video"),
-         help="A video, or a folder of pictures."),
-    Flag(name="denoising_strength", kind=float, panel=SOURCE,
-         spellings=("--denoising-strength", "--denoising_strength"),
-         help="Share of noise laid over --input-video: 0.7 keeps the layout, 1 ignores it."),
-    Flag(name="input_image", kind=Path, panel=SOURCE, help="The first frame, of an image-to-video model."),
-    Flag(name="end_image", kind=Path, panel=SOURCE, help="The last frame, of an FLF2V or InP model."),
-    Flag(name="resize", kind=ResizeName, panel=SOURCE,
-         help="How pictures are brought to size: cover crops, stretch distorts, contain sets bars."),
-    Flag(name="max_area", kind=int, panel=SOURCE,
-         help="Pixels: height and width follow --input-image's proportions; 480 * 832 = 399360."),
-    Flag(name="control_video", kind=Path, panel=SOURCE,
-         help="Edges, poses or depth to follow, of a Fun Control model: a video, or a folder of pictures."),
-    Flag(name="fit", kind=FitName, panel=SOURCE,
-         help="Of a video that is not --num-frames long: trim a longer, hold a shorter one's last frame."),
-    Flag(name="reference_image", kind=Path, panel=SOURCE,
-         help="What the video shows, of a Fun V1.1 Control model."),
-    Flag(name="camera_control_direction", kind=str, panel=SOURCE,
-         help="Of a Fun Control-Camera model: Left, Right, Up, Down, In, Out, or joined, such as LeftUp."),
-    Flag(name="camera_control_speed", kind=float, panel=SOURCE,
-         help="How far the camera goes from one frame to the next; 1/54 = 0.0185."),
-    Flag(name="motion_bucket_id", kind=float, panel=SOURCE,
-         help="Of the speed-control model: 0 (slow) to 100 (fast)."),
-    Flag(name="vace_video", kind=Path, panel=SOURCE,
-         help="What is known, of a VACE model, grey where something shall be made: a video, or a folder."),
-    Flag(name="vace_video_mask", kind=Path, panel=SOURCE,
-         help="Of --vace-video: white is made anew, black is kept; a video, or a folder of pictures."),
-    Flag(name="vace_reference_image", kind=list[Path], panel=SOURCE, default=(),
-         help="What or who shall appear, of a VACE model; several times for several pictures."),
-    Flag(name="vace_scale", kind=float, panel=SOURCE,
-         help="How strongly the VACE inputs count: 0 to 2; 1 is usual."),
-    Flag(name="tiled", kind=bool, panel=TILES, spellings=("--tiled/--no-tiled",),
-         help="Code pictures in tiles, which saves memory; default: where the whole does not fit."),
-    Flag(name="tile_size", kind=tuple[int, int], panel=TILES, help="Height and width, 8 pixels each; 30 52."),
-    Flag(name="tile_stride", kind=tuple[int, int], panel=TILES, help="From one tile to the next; 15 26."),
-    Flag(name="model", kind=list[str], panel=MODEL, default=(),
+def flags_of(arguments: Mapping[str, Argument]) -> tuple[Flag, ...]:
+    """Return the flags of these arguments of ``pipe()``, by group: of those that people see in one."""
+    shown = [each for each in arguments.values() if each.group is not None and each.flags != ()]
+    return tuple(_flag_of(each, arguments) for group in GROUPS for each in shown if each.group == group)
+
+
+def _flag_of(each: Argument, arguments: Mapping[str, Argument]) -> Flag:
+    assert each.group is not None
+
+    def spelled(found: re.Match[str]) -> str:
+        return _spellings(found[1], arguments[found[1]].flags)[0] if found[1] in arguments else found[0]
+
+    is_list = each.kind == "pictures"
+    return Flag(
+        name=each.name, kind=_choice(each) if each.choices else KINDS[each.kind], panel=each.group,
+        help=re.sub(r"`(\w+)`", spelled, each.help), spellings=each.flags or (),
+        default=() if is_list else None, argument=each, official=each.official,
+    )  # fmt: skip
+
+
+def _choice(each: Argument) -> Any:
+    return Enum(f"{each.name.title()}Name", {name: name for name in each.choices}, type=str)
+
+
+def _spellings(name: str, told: Sequence[str] | None) -> tuple[str, ...]:
+    return tuple(told or ("--" + name.replace("_", "-"),))
+
+
+OWN_FLAGS: tuple[Flag, ...] = (
+    Flag(name="model", kind=list[str], panel=MODEL, default=(), official=("ckpt_dir",),
          help="Folder or file, several times for several files, or a hub id with --download. "
               "Default: the tiny Wan that ships with diffsynth."),
     Flag(name="dit", kind=list[str], panel=MODEL, default=(),
@@ -143,7 +121,7 @@ FLAGS: tuple[Flag, ...] = (
          help="Of --dtype fp8: widened to bfloat16, or multiplied as fp8 where the GPU can."),
     Flag(name="precision", kind=PrecisionName, panel=MODEL,
          help="v1 repeats the arithmetic of DiffSynth-Studio 1.x, for old seeds."),
-    Flag(name="out", kind=Path, panel=FILE, spellings=("--out", "-o"),
+    Flag(name="out", kind=Path, panel=FILE, spellings=("--out", "-o"), official=("save_file",),
          help=".mp4, .mkv, .mov, .webm or .gif; .png or .jpg for one picture. Default: video.mp4."),
     Flag(name="overwrite", kind=bool, panel=FILE, default=False, spellings=("--overwrite",),
          help="Replace a file that has this name; without --out, the default name gets the next number."),
@@ -166,10 +144,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="debug", kind=bool, panel=FILE, default=False, spellings=("--debug",),
          help="Show where an error came from."),
 )  # fmt: skip
+FLAGS = (*flags_of(call_arguments()), *OWN_FLAGS)
 
-_SHARED = (
-    "overwrite", "tiled", "tile_size", "tile_stride", "quality", "crf", "codec", "pix_fmt", "quiet", "debug",
-)  # fmt: skip
+_SHARED = ("overwrite", "quality", "crf", "codec", "pix_fmt", "quiet", "debug")
 
 DECODE_FLAGS: tuple[Flag, ...] = (
     Flag(name="vae", kind=str, panel=MODEL, help="File of the VAE; the one that the run had."),
@@ -178,7 +155,7 @@ DECODE_FLAGS: tuple[Flag, ...] = (
     Flag(name="out", kind=Path, panel=FILE, spellings=("--out", "-o"),
          help="As of `generate`; default: the name that the run was given, beside the latents."),
     Flag(name="fps", kind=float, panel=FILE, help="Frames per second; as in the run, else 16."),
-    *(flag for flag in FLAGS if flag.name in _SHARED),
+    *(flag for flag in FLAGS if flag.name in _SHARED or flag.panel == TILES),
 )  # fmt: skip
 
 
@@ -195,7 +172,7 @@ def command_line(words: Sequence[str], values: Mapping[str, Any], flags: Sequenc
         value = values.get(flag.name)
         if value is None or value == flag.default or value in ([], ()):
             continue
-        spellings = (flag.spellings or ("--" + flag.name.replace("_", "-"),))[0].split("/")
+        spellings = flag.all_spellings[0].split("/")
         if isinstance(value, bool):
             line.append(spellings[0 if value else -1])
         elif isinstance(value, tuple):
@@ -231,10 +208,9 @@ def with_flags(flags: Sequence[Flag]) -> Callable[[Callable[..., None]], Callabl
 
 
 def _parameter(flag: Flag) -> inspect.Parameter:
-    spellings = flag.spellings or ("--" + flag.name.replace("_", "-"),)
     default: Any = list(flag.default) if isinstance(flag.default, tuple) else flag.default
     option = typer.Option(
-        default, *spellings, help=flag.help, rich_help_panel=flag.panel, show_default=False,
+        default, *flag.all_spellings, help=flag.help, rich_help_panel=flag.panel, show_default=False,
         hidden=flag.is_hidden, metavar="HEIGHT WIDTH" if flag.kind == tuple[int, int] else None,
     )  # fmt: skip
     annotation = flag.kind if flag.default is not None else flag.kind | None

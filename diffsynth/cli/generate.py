@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from diffsynth.cli.flags import FLAGS, TORCH_NAMES
+from diffsynth.cli.flags import FLAGS, TORCH_NAMES, Flag
 from diffsynth.cli.generate_task import opened_video
 from diffsynth.cli.naming import Names, naming_of
 from diffsynth.cli.origins import inputs_told
@@ -37,6 +37,7 @@ from diffsynth.cli.resume import (
     steps_arguments,
 )
 from diffsynth.cli.text_on_cpu import text_on_cpu
+from diffsynth.conditioning.argument import MEDIA, TILES
 from diffsynth.errors import (
     ArgumentError,
     CheckpointNotFoundError,
@@ -45,6 +46,7 @@ from diffsynth.errors import (
     ResumeError,
     UnusedInputError,
 )
+from diffsynth.pipelines.options import call_arguments
 from diffsynth.video import load_image
 
 if TYPE_CHECKING:
@@ -60,12 +62,8 @@ TINY_NOTE = (
     "No --model given: the tiny Wan that ships with diffsynth draws small moving shapes. "
     "A real one: --model FOLDER, or --model Wan-AI/Wan2.1-T2V-1.3B --download (17 GB)."
 )
-TILE_FLAGS = ("tiled", "tile_size", "tile_stride")
 LATENT_BYTES_PER_PIXEL = 0.25  # 16 channels of float32 for 4 x 8 x 8 pixels
 MODEL_FLAGS = ("model", "dit", "tokenizer_path")
-VIDEO_FLAGS = ("input_video", "control_video", "vace_video", "vace_video_mask")
-PICTURE_FLAGS = ("input_image", "end_image", "reference_image")
-SOURCE_FLAGS = (*VIDEO_FLAGS, *PICTURE_FLAGS, "vace_reference_image")
 
 
 def run_generate(prompt: str | None, given: Mapping[str, object]) -> None:
@@ -152,7 +150,8 @@ def _write(
     """Decode each video into its file, say what was made, and return where they are."""
     from diffsynth.pipelines.saved_latents import latents_kept
 
-    tiles = {name: values[name] for name in TILE_FLAGS if values[name] is not None}
+    names = [name for name, each in call_arguments().items() if each.group == TILES]
+    tiles = {name: values[name] for name in names if values[name] is not None}
     # All of them before the first is decoded: what was computed is safe from here on.
     kept = [_keep(pipe, latents, output, i, values["device"], each) for i, each in enumerate(settings)]
     if output.names.sheet is None:  # which no latents make
@@ -180,21 +179,24 @@ def _one_prompt(unnamed: str | None, named: str | None) -> str | None:
 
 def _call_arguments(prompt: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """What `pipe()` is called with: only what was given, files opened."""
-    names = [flag.name for flag in FLAGS if flag.is_call]
-    arguments = {name: values[name] for name in names if values[name] not in (None, [])}
-    for name in VIDEO_FLAGS:
-        source = arguments.get(name)
-        if isinstance(source, Path):
-            is_still = name == "input_video" and is_picture(source)
-            arguments[name] = [load_image(source)] if is_still else opened_video(source)
-    for name in PICTURE_FLAGS:
-        if name in arguments:
-            arguments[name] = load_image(arguments[name])
-    if "vace_reference_image" in arguments:
-        arguments["vace_reference_image"] = [load_image(path) for path in arguments["vace_reference_image"]]
+    given = {flag: values[flag.name] for flag in FLAGS if flag.is_call}
+    arguments = {flag.name: _opened(flag, value) for flag, value in given.items() if value not in (None, [])}
     if values["quiet"]:
         arguments["progress_bar_cmd"] = _no_progress
     return {"prompt": prompt, **arguments}
+
+
+def _opened(flag: Flag, value: Any) -> Any:
+    """What a flag names, as `pipe()` reads it; a video of one picture may be that picture."""
+    assert flag.argument is not None
+    kind = flag.argument.kind
+    if kind == "pictures":
+        return [load_image(path) for path in value]
+    if kind == "picture":
+        return load_image(value)
+    if kind == "video" and isinstance(value, Path):
+        return [load_image(value)] if is_picture(value) else opened_video(value)
+    return value
 
 
 def _check(values: Mapping[str, Any], arguments: dict[str, Any], loras: Sequence[Path]) -> Output:
@@ -258,7 +260,8 @@ def _asked_size(arguments: Mapping[str, Any]) -> Size | None:
 
 def _read_files(values: Mapping[str, Any]) -> Iterator[str | Path]:
     """What the command reads, beside LoRAs: no output may be one of these files."""
-    for name in (*MODEL_FLAGS, *SOURCE_FLAGS, "read_files"):
+    media = [name for name, each in call_arguments().items() if each.kind in MEDIA]
+    for name in (*MODEL_FLAGS, *media, "read_files"):
         given = values[name]
         for each in given if isinstance(given, (list, tuple)) else [given]:
             if isinstance(file := getattr(each, "source", each), (str, Path)):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from diffsynth.cli.flags import FLAGS
 from diffsynth.cli.output import is_picture
 from diffsynth.cli.task_flags import BESIDE_FLAGS, EXTEND_FLAGS, GPUS_FLAGS, TASK_FLAGS
 from diffsynth.cli.tasks import TASKS, USUAL_TASK, USUAL_TASK_22, Task
@@ -29,13 +30,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("diffsynth")
 
 # flag of generate.py -> ours
-RENAMED = {
-    "ckpt_dir": "model", "save_file": "out", "base_seed": "seed", "frame_num": "num_frames",
-    "sample_solver": "sampler", "sample_steps": "num_inference_steps", "sample_shift": "sigma_shift",
-    "sample_guide_scale": "cfg_scale", "image": "input_image", "first_frame": "input_image",
-    "last_frame": "end_image", "src_video": "vace_video", "src_mask": "vace_video_mask",
-    "src_ref_images": "vace_reference_image",
-}  # fmt: skip
+RENAMED = {official: flag.name for flag in FLAGS for official in flag.official}
+SEVERAL = [flag.name for flag in FLAGS if flag.argument is not None and flag.argument.kind == "pictures"]
 ANYWHERE = ("prompt_text", "size")  # what is read without --task as well
 SIZE = re.compile(r"(\d+)\s*[*x×]\s*(\d+)")
 SWITCHES = {
@@ -234,10 +230,8 @@ def renamed(given: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]
         told["model"] = [told["model"]]
     if told.get("seed", 0) < 0:
         del told["seed"]
-    if "vace_reference_image" in told:
-        told["vace_reference_image"] = [
-            Path(path) for path in told["vace_reference_image"].split(",") if path
-        ]
+    for name in (name for name in SEVERAL if name in told):
+        told[name] = [Path(path) for path in told[name].split(",") if path]
     return told
 
 

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth.checkpoints.named import MODELS, find_named, is_tiny, places_for, printable, with_shards
-from diffsynth.cli.flags import FLAGS, SOURCE, command_line
+from diffsynth.cli.flags import FLAGS, command_line
+from diffsynth.conditioning.argument import MEDIA
 from diffsynth.errors import AmbiguousModelError, ArgumentError, CheckpointNotFoundError
 
 logger = logging.getLogger("diffsynth")
 
 NO_LORA = "none"  # --lora none: go on without those of the file
 # inputs that are files; settings hold no path, so that they have to be given again
-_INPUTS = [flag for flag in FLAGS if flag.panel == SOURCE and flag.kind in (Path, list[Path])]
+_INPUTS = [flag for flag in FLAGS if flag.argument is not None and flag.argument.kind in MEDIA]
 
 
 def inputs_told(values: Mapping[str, Any]) -> dict[str, object]:

@@ -23,8 +23,6 @@ from diffsynth.video import read_metadata
 
 STRENGTH = 0.5  # keeps shapes, colours and motion, and draws detail anew
 LARGER = 2  # each side, where neither --size nor the file says more
-# settings of the file that are no wish for the next run: resolved since, or of that run alone
-_OF_THAT_RUN = ("height", "width", "max_area", "denoising_strength", "num_inference_steps", "preset")
 TASK_READS = (
     "task", "prompt_text", "size", "input_video_path", "ckpt_dir", "save_file", "base_seed", "sample_solver",
     "sample_steps", "sample_shift", "sample_guide_scale", "offload_model", "t5_cpu", "convert_model_dtype",
@@ -108,7 +106,7 @@ def refined(source: Path | None, prompt: str | None, values: Mapping[str, Any]) 
     merged.update(read_files=(source,), has_default_out=merged["out"] is None)
     if merged["has_default_out"]:
         merged["out"] = source.with_stem(f"{source.stem}-refined")
-    calls = {flag.name for flag in FLAGS if flag.is_call} - {*_OF_THAT_RUN, *NOT_REFINED}
+    calls = {f.name for f in FLAGS if f.argument is not None and f.argument.refined == "kept"}
     calls -= preset_values({"preset": merged["preset"]}).keys()
     calls |= {"precision"} if is_picture(merged["out"]) else {"precision", "fps"}
     for flag in FLAGS:

@@ -31,7 +31,9 @@ from diffsynth.cli.flags import FLAGS, Flag, short_dtype
 from diffsynth.cli.generate_task import Picked, opened_video
 from diffsynth.cli.naming import Reserved, Resumed
 from diffsynth.cli.task_flags import BESIDE_FLAGS, TASK_FLAGS
+from diffsynth.conditioning.argument import MEDIA
 from diffsynth.errors import ArgumentError, CheckpointNotFoundError, DiffSynthError
+from diffsynth.pipelines.options import call_arguments
 from diffsynth.video import read_metadata
 from diffsynth.video.paths import user_cache
 
@@ -41,9 +43,9 @@ KEY_BYTES = 32
 # Flags that change neither the latents nor how they become a file: now as now given, else as then.
 FREE = (
     "device", "vram", "ram", "num_persistent", "quiet", "keep_latents", "save_every", "out", "overwrite",
-    "cache_text", "download",
+    "download", *(flag.name for flag in FLAGS if flag.argument is not None and not flag.argument.records),
 )  # fmt: skip
-OF_THE_RUN = ("num_videos_per_prompt", "strict", "output_type")  # settings that its files do not hold
+OF_THE_RUN = [name for name, each in call_arguments().items() if "file" not in each.records]
 _NOT_STORED = ("resume", "download")
 _NOTHING: dict[str, Any] = dict.fromkeys(flag.name for flag in LINE_FLAGS)
 _WEIGHTS = ("model", "dit", "lora")
@@ -60,8 +62,9 @@ class SavedRun:
 
 def is_path(flag: Flag) -> bool:
     """Whether a flag names files that a run reads, whose content is compared."""
-    is_place = flag.kind in (Path, list[Path]) and flag.name not in ("out", "cache_text", "resume")
-    return is_place or flag.name in _WEIGHTS
+    if flag.argument is not None:
+        return flag.argument.kind in MEDIA
+    return (flag.kind is Path and flag.name not in ("out", "resume")) or flag.name in _WEIGHTS
 
 
 def line_note(prompt: str, values: Mapping[str, Any], names: Reserved) -> dict[str, str]:
@@ -125,9 +128,7 @@ def resumed(prompt: str | None, given: Mapping[str, Any]) -> tuple[str, dict[str
     if "out" in now:
         names = None
         values.update(has_default_out=False, overwrite=given["overwrite"])
-    for name in ("vace_video", "vace_video_mask"):
-        if isinstance(values[name], Mapping):
-            values[name] = _picked(values[name])
+    values.update({name: _picked(each) for name, each in values.items() if isinstance(each, Mapping)})
     beside = {**BESIDE_FLAGS, **{name: values[name] for name in _KEPT_BESIDE}}
     beside["from_file"] = tuple(name for name in then if name not in now)
     return line["prompt"], {**values, **beside, "resumed": SavedRun(steps=steps, names=names)}
@@ -417,7 +418,7 @@ def _foreign_names(steps: Path, then: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spelling(flag: Flag) -> str:
-    return (flag.spellings or ("--" + flag.name.replace("_", "-"),))[0].split("/")[0]
+    return flag.all_spellings[0].split("/")[0]
 
 
 # ---- whose file it is -----------------------------------------------------------------

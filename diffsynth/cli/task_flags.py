@@ -10,8 +10,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from diffsynth.cli.flags import FLAGS, VIDEO, Flag
+from diffsynth.cli.flags import FLAGS, Flag
 from diffsynth.cli.tasks import SolverName, WanTaskName
+from diffsynth.conditioning.argument import VIDEO
 
 PANEL = "As of Wan's generate.py"
 
@@ -87,7 +88,10 @@ EXTEND_FLAGS = (
 )  # fmt: skip
 
 # of `generate`, but not of `refine`: read from the file, or decided by it
-NOT_REFINED = ("input_video", "max_area", "num_videos_per_prompt", "preview", "strict", "resume")
+NOT_REFINED = (
+    *(flag.name for flag in FLAGS if flag.argument is not None and flag.argument.refined == "decided"),
+    "preview", "resume",
+)  # fmt: skip
 
 _REFINE_HELP = {
     "model": "Folder or file, or a hub id with --download. Default: the one that the file names, where it "

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from diffsynth.conditioning.argument import SOURCE, argument
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution
 from diffsynth.errors import ArgumentError, UnusedInputError
@@ -109,14 +110,22 @@ class CameraRays:
 class CameraInputs:
     """Where the camera goes: a direction, or a list of poses."""
 
-    camera_control_direction: str | None = (
-        None  # Left, Right, Up, Down, In, Out, or joined: LeftUp, RightDownIn
+    camera_control_direction: str | None = argument(
+        None,
+        help="Of a Fun Control-Camera model: Left, Right, Up, Down, In, Out, or joined, such as LeftUp.",
+        kind="text", scope="clip", group=SOURCE,
+    )  # fmt: skip
+    camera_control_speed: float = argument(
+        USUAL_SPEED, help="How far the camera goes from one frame to the next; 1/54 = 0.0185.",
+        kind="number", scope="clip", unit="per frame", group=SOURCE,
+    )  # fmt: skip
+    camera_control_origin: Sequence[float] = argument(
+        USUAL_ORIGIN, help="Pose of the first frame, 19 numbers.", kind="numbers", scope="clip"
     )
-    camera_control_speed: float = USUAL_SPEED  # how far it goes from one frame to the next; 0 stands still
-    camera_control_origin: Sequence[float] = USUAL_ORIGIN  # pose of the first frame, 19 numbers
-    camera_control_poses: Sequence[Sequence[float]] | None = (
-        None  # one pose per frame, in place of a direction
-    )
+    camera_control_poses: Sequence[Sequence[float]] | None = argument(
+        None, help="One pose per frame, in place of `camera_control_direction`.", kind="numbers",
+        scope="clip",
+    )  # fmt: skip
 
 
 class CameraConditioner:

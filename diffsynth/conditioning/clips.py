@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from diffsynth.announce import announce
 from diffsynth.errors import ArgumentError
-from diffsynth.video import frames_to_tensor, picture_size
-from diffsynth.video.pixels import iterate_frames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +53,8 @@ def check_picture(picture: Frame, name: str) -> None:
     Raises:
         ArgumentError: for a wrong type or shape.
     """
+    from diffsynth.video import picture_size
+
     with about(name, is_picture=True):
         picture_size(picture)
 
@@ -74,6 +74,8 @@ def clip_to_tensor(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | 
     Raises:
         ArgumentError: as `fitted_frames`, and for frames of unequal sizes, or a wrong shape, type or range.
     """
+    from diffsynth.video import frames_to_tensor
+
     with about(name):
         return frames_to_tensor(
             fitted_frames(frames, geometry, name=name, fit=fit), geometry.height, geometry.width, name=name
@@ -146,6 +148,8 @@ def _wrong_length(name: str, length: int, wanted: int, mends: str) -> str:
 
 def _held(frames: Frames, wanted: int) -> Iterator[Frame]:
     """The first ``wanted`` frames; the last one again where there are fewer."""
+    from diffsynth.video.pixels import iterate_frames
+
     frame: Frame | None = None
     count = 0
     for count, frame in enumerate(islice(iterate_frames(frames), wanted), start=1):  # noqa: B007
@@ -156,6 +160,8 @@ def _held(frames: Frames, wanted: int) -> Iterator[Frame]:
 
 def _counted(frames: Frames) -> Frames:
     """``frames`` if their number is known, else a list of them; raises for what is no video."""
+    from diffsynth.video.pixels import iterate_frames
+
     is_array = 0 < _ndim(frames) < 5
     is_sized = isinstance(frames, Sized) and not isinstance(frames, str | bytes) and not _ndim(frames)
     return frames if is_array or is_sized else list(iterate_frames(frames))

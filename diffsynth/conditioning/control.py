@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from diffsynth.conditioning.argument import SOURCE, argument
 from diffsynth.conditioning.clips import Fit, check_length, clip_to_tensor
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution
@@ -18,10 +19,18 @@ if TYPE_CHECKING:
 class ControlInputs:
     """A video to follow."""
 
-    control_video: Frames | None = None  # frames, a VideoData, or floats in [0, 1] (F, 3, H, W)
-    # Of control_video, vace_video and input_video where they are not num_frames long: "trim" a longer one,
-    # "hold" the last frame of a shorter one.
-    fit: Fit | None = None
+    # frames, a VideoData, or floats in [0, 1] (F, 3, H, W)
+    control_video: Frames | None = argument(
+        None,
+        help="Edges, poses or depth to follow, of a Fun Control model: a video, or a folder of pictures.",
+        kind="video", scope="clip", group=SOURCE,
+    )  # fmt: skip
+    # of control_video, vace_video and input_video
+    fit: Fit | None = argument(
+        None,
+        help="Of a video that is not `num_frames` long: trim a longer, hold a shorter one's last frame.",
+        kind="text", group=SOURCE, choices=("trim", "hold"),
+    )  # fmt: skip
     vace_video: Frames | None = None  # read elsewhere; here to know whether anything reads ``fit``
     vace_video_mask: Frames | None = None
     input_video: Frames | None = None

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, ClassVar
 
+from diffsynth.conditioning.argument import SOURCE, argument
 from diffsynth.conditioning.clips import about, check_picture
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution, LatentPlan
 from diffsynth.errors import ArgumentError, MissingModelError, UnusedInputError
-from diffsynth.video import Frame, Resize, covering_tensor, frames_to_tensor, picture_size
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from diffsynth.video import Frame, Resize
 
 FRAMES_OF_A_LATENT = 4  # pixel frames, except of the first latent, which is one frame
 IMAGE_TOKENS = 257  # of one picture, by the released encoder
@@ -34,15 +36,26 @@ END_TAKERS = "FLF2V-14B, Fun InP and Wan2.2 I2V-A14B take it"
 class ImageInputs:
     """Pictures to begin and to end with."""
 
-    input_image: Frame | None = None  # the first frame: PIL, uint8 (H, W, 3), or floats in [0, 1] (3, H, W)
-    end_image: Frame | None = None  # the last frame
+    # PIL, uint8 (H, W, 3), or floats in [0, 1] (3, H, W)
+    input_image: Frame | None = argument(
+        None, help="The first frame, of an image-to-video model.", kind="picture", scope="clip",
+        group=SOURCE, official=("image", "first_frame"),
+    )  # fmt: skip
+    end_image: Frame | None = argument(
+        None, help="The last frame, of an FLF2V or InP model.", kind="picture", scope="clip",
+        group=SOURCE, official=("last_frame",),
+    )  # fmt: skip
     reference_image: Frame | None = None  # of Fun Control: the image encoder looks at it, not at input_image
-    # How a picture of another size is brought to height and width: "cover" crops in the middle, "stretch"
-    # gives up the proportions, as v1 did, "contain" sets it between black bars.
-    resize: Resize = "cover"
-    # Pixels: height and width are those of input_image's proportions with about this area, and the picture is
-    # resized as officially.
-    max_area: int | None = None
+    # of a picture of another size: "cover" crops in the middle, "stretch" gives up the proportions, as v1 did
+    resize: Resize = argument(
+        "cover", help="How pictures are brought to size: cover crops, stretch distorts, contain sets bars.",
+        kind="text", group=SOURCE, choices=("cover", "stretch", "contain"),
+    )  # fmt: skip
+    # about this area; the picture is then resized as officially
+    max_area: int | None = argument(
+        None, help="Pixels: height and width follow `input_image`'s proportions; 480 * 832 = 399360.",
+        kind="whole", unit="pixels", group=SOURCE, refined="decided",
+    )  # fmt: skip
     tile_size: tuple[int, int] | None = None
     tile_stride: tuple[int, int] | None = None
 
@@ -140,6 +153,8 @@ def fitted(image: Frame, inputs: ImageInputs, geometry: Geometry, *, log: bool =
     """Return a picture in the size of the video, (1, 3, 1, H, W) float32, in [-1, 1] or a little beyond."""
     from torch.nn.functional import interpolate
 
+    from diffsynth.video import frames_to_tensor
+
     if inputs.max_area is None:
         with about(_name_of(image, inputs), is_picture=True):
             return frames_to_tensor(
@@ -154,6 +169,8 @@ def fitted(image: Frame, inputs: ImageInputs, geometry: Geometry, *, log: bool =
 
 def _original(image: Frame, inputs: ImageInputs, *, log: bool) -> Tensor:
     """A picture in its own size, (1, 3, 1, H, W), the last frame with the proportions of the first."""
+    from diffsynth.video import frames_to_tensor, picture_size
+
     assert inputs.input_image is not None
     first, size = picture_size(inputs.input_image), picture_size(image)
     is_reference = image is inputs.reference_image
@@ -251,6 +268,8 @@ class ImageConditioner:
 
     def _first_latent(self, inputs: ImageInputs, geometry: Geometry, parts: Components) -> Tensor:
         """(B, C, 1, h, w), the same for all videos of a batch; with ``max_area`` resized as officially."""
+        from diffsynth.video import covering_tensor
+
         assert inputs.input_image is not None
         if inputs.max_area is None:
             video = fitted(inputs.input_image, inputs, geometry)
@@ -314,6 +333,8 @@ class ImageTokensConditioner:
 
 def _seen(image: Frame, inputs: ImageInputs, geometry: Geometry) -> Tensor:
     """A picture as the image encoder gets it; the log hears of changes where the VAE reads it."""
+    from diffsynth.video import frames_to_tensor
+
     if inputs.max_area is not None:
         return _original(image, inputs, log=False)
     if image is inputs.reference_image:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from diffsynth.conditioning.argument import SOURCE, argument
 from diffsynth.conditioning.clips import about, check_picture
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution
 from diffsynth.conditioning.image import ADVICE
 from diffsynth.errors import MissingModelError, UnusedInputError
-from diffsynth.video import frames_to_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,11 @@ class Reference:
 class ReferenceInputs:
     """A picture of what the video shows."""
 
-    reference_image: Frame | None = None  # PIL, uint8 (H, W, 3), or floats in [0, 1] (3, H, W)
+    # PIL, uint8 (H, W, 3), or floats in [0, 1] (3, H, W)
+    reference_image: Frame | None = argument(
+        None, help="What the video shows, of a Fun V1.1 Control model.", kind="picture", scope="clip",
+        group=SOURCE, own_size=True,
+    )  # fmt: skip
     resize: Resize = "cover"  # as of input_image
 
 
@@ -65,6 +69,8 @@ class ReferenceConditioner:
 
     def encode(self, inputs: ReferenceInputs, geometry: Geometry, parts: Components) -> Contribution:
         import torch
+
+        from diffsynth.video import frames_to_tensor
 
         assert parts.vae is not None and inputs.reference_image is not None
         with about("reference_image", is_picture=True):

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from diffsynth.conditioning.argument import SOURCE, argument
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution
 from diffsynth.errors import ArgumentError, UnusedInputError
@@ -30,7 +31,10 @@ class Speed:
 class SpeedInputs:
     """How fast things move."""
 
-    motion_bucket_id: float | None = None  # 0 (slow) to 100 (fast)
+    motion_bucket_id: float | None = argument(
+        None, help="Of the speed-control model: 0 (slow) to 100 (fast).", kind="number", scope="clip",
+        unit="0 (slow) to 100 (fast)", group=SOURCE,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         given = self.motion_bucket_id

@@ -11,14 +11,15 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from diffsynth.conditioning.argument import VIDEO, argument
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution
-from diffsynth.conditioning.text_cache import TextCache
 from diffsynth.errors import ArgumentError, MissingModelError, UnusedInputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from diffsynth.conditioning.text_cache import TextCache
     from diffsynth.conditioning.tokenizer import Tokenizer
 
 logger = logging.getLogger("diffsynth")
@@ -40,12 +41,21 @@ def clean_prompt(text: str) -> str:
 class TextInputs:
     """What to show, and what not to."""
 
-    prompt: str | Sequence[str] | None = None  # one text, or a list for a batch
-    negative_prompt: str | Sequence[str] = ""  # what to keep away from; not read when cfg_scale is 1
-    prompt_embeds: Tensor | None = None  # (B, tokens, text_dim of the DiT), in place of prompt
-    negative_prompt_embeds: Tensor | None = None  # (B or 1, tokens, text_dim), in place of negative_prompt
-    num_videos_per_prompt: int = 1  # samples of each prompt
-    cache_text: str | Path | None = None  # folder of encoded prompts: each is encoded once, then read
+    prompt: str | Sequence[str] | None = argument(
+        None, help="What to show: one text, or a list for a batch.", kind="text", group=VIDEO, flags=()
+    )
+    # not read when cfg_scale is 1
+    negative_prompt: str | Sequence[str] = argument(
+        "", help="What to keep away from.", kind="text", group=VIDEO
+    )
+    prompt_embeds: Tensor | None = argument(
+        None, help="(B, tokens, text_dim of the DiT), in place of `prompt`.", kind="object"
+    )
+    negative_prompt_embeds: Tensor | None = argument(
+        None, help="(B or 1, tokens, text_dim), in place of `negative_prompt`.", kind="object"
+    )
+    num_videos_per_prompt: int = 1
+    cache_text: str | Path | None = None
     cfg_scale: float = 5.0
     cfg_scale_low_noise: float | None = None
 
@@ -161,7 +171,11 @@ class TextConditioner:
 
 
 def _cache(inputs: TextInputs, parts: Components) -> TextCache | None:
-    return None if inputs.cache_text is None else TextCache(inputs.cache_text, parts)
+    if inputs.cache_text is None:
+        return None
+    from diffsynth.conditioning.text_cache import TextCache
+
+    return TextCache(inputs.cache_text, parts)
 
 
 def _features(text: str, parts: Components) -> Tensor:

@@ -13,13 +13,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from diffsynth.conditioning.argument import SOURCE, argument
 from diffsynth.conditioning.clips import Fit, about, check_length, check_picture, clip_to_tensor
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution, LatentPlan
 from diffsynth.errors import ArgumentError, MissingModelError, UnusedInputError
-from diffsynth.sampling.registry import sampler_for
-from diffsynth.video import frames_to_tensor, picture_size
-from diffsynth.video.pixels import iterate_frames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,10 +55,23 @@ class VaceCondition:
 class VaceInputs:
     """What VACE is shown, and which steps a list of scales belongs to."""
 
-    vace_video: Frames | None = None  # what is known; grey where something shall be made
-    vace_video_mask: Frames | None = None  # white: make anew, black: keep; without it all is made anew
-    vace_reference_image: Frame | Sequence[Frame] | None = None  # one picture or several
-    vace_scale: float | Sequence[float] = 1.0  # how strongly these count: 0 to 2, or one number per step
+    vace_video: Frames | None = argument(
+        None,
+        help="What is known, of a VACE model, grey where something shall be made: a video, or a folder.",
+        kind="video", scope="clip", group=SOURCE, official=("src_video",),
+    )  # fmt: skip
+    vace_video_mask: Frames | None = argument(
+        None, help="Of `vace_video`: white is made anew, black is kept; a video, or a folder of pictures.",
+        kind="video", scope="clip", group=SOURCE, official=("src_mask",),
+    )  # fmt: skip
+    vace_reference_image: Frame | Sequence[Frame] | None = argument(
+        None, help="What or who shall appear, of a VACE model; several times for several pictures.",
+        kind="pictures", scope="clip", group=SOURCE, official=("src_ref_images",),
+    )  # fmt: skip
+    vace_scale: float | Sequence[float] = argument(  # or one number per step
+        1.0, help="How strongly the VACE inputs count: 0 to 2; 1 is usual.", kind="numbers", scope="clip",
+        group=SOURCE,
+    )  # fmt: skip
     fit: Fit | None = None  # "trim" | "hold": for a video or mask of another length than num_frames
     tile_size: tuple[int, int] | None = None
     tile_stride: tuple[int, int] | None = None
@@ -223,6 +234,8 @@ def reference_canvas(picture: Frame, height: int, width: int) -> Tensor:
     import torch
     import torch.nn.functional as F
 
+    from diffsynth.video import frames_to_tensor, picture_size
+
     own = picture_size(picture)
     with about("vace_reference_image", is_picture=True):
         pixels = frames_to_tensor([picture], *own)[0, :, 0]
@@ -239,6 +252,9 @@ def reference_canvas(picture: Frame, height: int, width: int) -> Tensor:
 
 def _check_shapes(inputs: VaceInputs) -> None:
     """A mask of other proportions would be cropped in another way than its video."""
+    from diffsynth.video import picture_size
+    from diffsynth.video.pixels import iterate_frames
+
     sizes = []
     for name in ("vace_video", "vace_video_mask"):
         frames = getattr(inputs, name)
@@ -287,6 +303,8 @@ def _scales(inputs: VaceInputs) -> tuple[float, ...]:
 
 def _step_times(inputs: VaceInputs, scales: tuple[float, ...]) -> tuple[float, ...]:
     """Return what the network is told at each step; raises when there are more or fewer scales than steps."""
+    from diffsynth.sampling.registry import sampler_for
+
     sampler = sampler_for(
         str(inputs.sampler), num_steps=inputs.num_inference_steps, shift=inputs.sigma_shift,
         strength=inputs.denoising_strength, sigmas=inputs.sigmas, timesteps=inputs.timesteps,

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from diffsynth.conditioning.argument import SOURCE, argument
 from diffsynth.conditioning.clips import Fit, check_length, clip_to_tensor
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution, LatentPlan
@@ -21,10 +22,18 @@ logger = logging.getLogger("diffsynth")
 class VideoInputs:
     """A video to start from."""
 
-    input_video: Frames | None = None  # frames, a VideoData, or floats in [0, 1] (F, 3, H, W)
+    # Frames, a VideoData, or floats in [0, 1] (F, 3, H, W). No column of a dataset: a clip is its own.
+    input_video: Frames | None = argument(
+        None, help="A video, or a folder of pictures.", kind="video", group=SOURCE,
+        flags=("--input-video", "--init_video"), refined="decided",
+    )  # fmt: skip
     fit: Fit | None = None  # "hold" repeats the last frame of a shorter video; a longer one is trimmed
     sigmas: object = None  # noise levels of the caller, which may begin below the top
-    denoising_strength: float = 1.0  # share of noise laid over it: 0.7 keeps the layout, 1 ignores the video
+    denoising_strength: float = argument(
+        1.0, help="Share of noise laid over `input_video`: 0.7 keeps the layout, 1 ignores it.",
+        kind="number", group=SOURCE, flags=("--denoising-strength", "--denoising_strength"),
+        refined="anew",
+    )  # fmt: skip
     tile_size: tuple[int, int] | None = None
     tile_stride: tuple[int, int] | None = None
 

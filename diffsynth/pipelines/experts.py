@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffsynth.models.model_manager import Paths
     from diffsynth.pipelines.components import PipelineComponents
     from diffsynth.pipelines.memory import MemoryManager
-    from diffsynth.pipelines.request import CallOptions
+    from diffsynth.pipelines.options import CallOptions
     from diffsynth.sampling.sampler import Sampler
 
 

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from numbers import Integral
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
-
-from torch import Tensor
-from tqdm import tqdm
+from typing import Any
 
 from diffsynth.announce import announce
+from diffsynth.conditioning.argument import names_read
 from diffsynth.conditioning.conditioner import Geometry, SizeChecker, read_inputs
 from diffsynth.conditioning.image import size_nearest, size_within
 from diffsynth.conditioning.registry import CONDITIONERS
 from diffsynth.conditioning.text import TextInputs
-from diffsynth.denoising.loop import ProgressBar
 from diffsynth.errors import ArgumentError, UnknownArgumentError
-from diffsynth.models.wan.dit import StepCache
 from diffsynth.pipelines.argument_checks import check_embeds, check_numbers, check_seed, check_types
 from diffsynth.pipelines.components import PipelineComponents
 from diffsynth.pipelines.foreign_arguments import ADVERTISED, without_foreign
+from diffsynth.pipelines.options import OUTPUT_TYPES, CallOptions, call_arguments, readers_of_calls
 from diffsynth.pipelines.presets import preset_values
-from diffsynth.pipelines.run_facts import PLACES
 from diffsynth.pipelines.rungs import Tiling
 from diffsynth.pipelines.saved_latents import check_latents_path, model_files
 from diffsynth.pipelines.saved_steps import check_steps_path
@@ -41,49 +36,9 @@ from diffsynth.video.settings import check_text
 
 logger = logging.getLogger("diffsynth")
 
-OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 TEMPORAL_STRIDE = 4
 # along time, height or width: the length of Wan's own table of positions (wan/modules/model.py)
 MAX_TOKENS = 1024
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CallOptions:
-    """Arguments of ``pipe()`` that are no condition. None means: the model's default."""
-
-    height: int | None = None  # pixels, multiples of 16, of TI2V-5B of 32
-    width: int | None = None
-    num_frames: int | None = None  # 4 k + 1
-    preset: str | None = None  # settings of a step-distilled model or LoRA, see `PRESETS`
-    seed: int | None = None  # None draws one and logs it; sample i of a batch uses seed + i
-    rand_device: str = "cpu"  # where noise is drawn: "cpu" gives the same video on every machine
-    num_inference_steps: int | None = None
-    sampler: str | None = None  # "euler", "unipc" or "dpm++"
-    sigma_shift: float | None = (
-        None  # how far noise levels lean to the noisy end: 1 is even, 3 to 12 are usual
-    )
-    sigmas: Sequence[float] | Tensor | None = (
-        None  # noise levels, falling, without the final 0; replaces steps and shift
-    )
-    timesteps: Sequence[float] | Tensor | None = None  # what the network is told at each of ``sigmas``
-    latents: Tensor | None = None  # initial noise (B, C, F, H, W) float32; replaces the seed
-    switch_DiT_boundary: float | None = None
-    single_expert: bool = False  # let one expert of a pair take every step, where the other is not loaded
-    tiled: bool | None = None  # code the VAE in tiles; None: only when the whole picture does not fit
-    tile_size: tuple[int, int] | None = None  # height and width in latent positions
-    tile_stride: tuple[int, int] | None = None
-    output_type: Literal["pil", "pt", "np", "latent"] = "pil"
-    save_latents: str | Path | None = None  # .safetensors, written before the VAE is asked; see `pipe.decode`
-    save_steps: str | Path | None = None  # .safetensors: steps are kept there on the way; see `resume_from`
-    save_every: int | None = None  # steps between two saves; None: after each minute of work
-    resume_from: str | Path | None = None  # what save_steps= wrote: the same call goes on from there
-    callback_on_step_end: Callable[..., Mapping[str, Tensor] | None] | None = (
-        None  # (pipe, step, timestep, tensors)
-    )
-    step_cache: StepCache | None = None  # may answer instead of the blocks
-    strict: bool = False  # raise instead of snapping sizes
-    progress_bar_cmd: ProgressBar = tqdm  # wraps the timesteps
-    progress_bar_st: object = None  # accepted because v1 had it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +64,10 @@ class VideoRequest:
 @cache
 def known_arguments() -> Mapping[str, tuple[object, object]]:
     """Every argument of ``pipe()`` with its annotation and default, prompts first. Read only."""
-    known: dict[str, tuple[object, object]] = {}
-    for kind in (TextInputs, CallOptions, *(c.Inputs for c in CONDITIONERS.values())):
-        for f in fields(kind):
-            known.setdefault(f.name, (f.type, None if f.default is MISSING else f.default))
-    known["cfg_scale"] = ("float | None", None)
+    arguments = call_arguments()
+    known: dict[str, tuple[object, object]] = {
+        name: (arguments[name].type, arguments[name].default) for name in names_read(readers_of_calls())
+    }
     for name, default in ADVERTISED.items():
         known[name] = ("object", default)
     return MappingProxyType(known)
@@ -338,8 +292,9 @@ def _snapped_frames(value: int | None, strict: bool) -> int:
 def _plain(values: Mapping[str, object]) -> dict[str, object]:
     """Only what reads as text later: numbers, strings and lists of them."""
     kept: dict[str, object] = {}
+    arguments = call_arguments()
     for name, value in values.items():
-        if name not in PLACES and (
+        if (name not in arguments or "settings" in arguments[name].records) and (
             isinstance(value, (str, int, float))
             or (isinstance(value, (list, tuple)) and all(isinstance(v, (str, int, float)) for v in value))
         ):

@@ -20,6 +20,7 @@ from diffsynth.ops.attention import attention_name
 from diffsynth.ops.fp8 import dtype_name, fp8_layers
 from diffsynth.pipelines.components import PipelineComponents
 from diffsynth.pipelines.experts import boundary_of
+from diffsynth.pipelines.options import call_arguments
 from diffsynth.video import VideoData
 
 if TYPE_CHECKING:
@@ -27,13 +28,6 @@ if TYPE_CHECKING:
 
 Facts = Mapping[str, Any]  # as JSON reads it
 
-# arguments that name places of this machine, and how often one is written: no settings of a video
-PLACES = ("save_latents", "cache_text", "save_steps", "save_every", "resume_from")
-# Arguments that change nothing of the latents, or stand elsewhere in the facts. That is a list, so that an
-# argument that nobody thought of is compared.
-NOT_COMPARED = (
-    *PLACES, "output_type", "strict", "progress_bar_cmd", "progress_bar_st", "seed", "step_cache",
-)  # fmt: skip
 ENCODERS = ("text_encoder", "image_encoder", "vae")
 
 
@@ -51,11 +45,13 @@ def run_facts(
     Raises:
         ArgumentError: for an input that has no content to tell it by.
     """
-    settings = {name: value for name, value in request.settings.items() if name not in NOT_COMPARED}
+    # An argument that nobody thought of is compared.
+    apart = {name for name, each in call_arguments().items() if "facts" not in each.records}
+    settings = {name: value for name, value in request.settings.items() if name not in apart}
     inputs = {
         name: hash_of_value(name, value)
         for name, value in sorted(arguments.items())
-        if value is not None and name not in settings and name not in NOT_COMPARED
+        if value is not None and name not in settings and name not in apart
     }
     text = request.inputs["text"]
     assert isinstance(text, TextInputs)

@@ -56,7 +56,7 @@ def refuse_unread(
     """
     if why:
         raise UnusedInputError(next(iter(why.values())))
-    read = {field.name for kind in readers for field in fields(kind)} | {"cfg_scale"}
+    read = {field.name for kind in readers for field in fields(kind)}
     for name, value in given.items():
         if name not in read and not _is_default(value, defaults.get(name)):
             raise UnusedInputError(

@@ -33,8 +33,9 @@ from diffsynth.pipelines.memory import MemoryLimits, MemoryManager
 from diffsynth.pipelines.model_config import ModelConfig
 from diffsynth.pipelines.networks import NetworkAttributes
 from diffsynth.pipelines.noise import draw_noise, prepared_sampler
+from diffsynth.pipelines.options import CallOptions
 from diffsynth.pipelines.remarks import make_remarks
-from diffsynth.pipelines.request import CallOptions, VideoRequest, call_signature, read_request
+from diffsynth.pipelines.request import VideoRequest, call_signature, read_request
 from diffsynth.pipelines.run_facts import without_iterators
 from diffsynth.pipelines.rungs import Tiling
 from diffsynth.pipelines.saved_latents import KeptLatents, keep_latents, latents_kept, provenance

@@ -1,6 +1,6 @@
-"""Columns beside file and caption: arguments of ``pipe()`` that may differ from clip to clip.
+"""Columns beside file and caption: arguments of ``pipe()`` that may differ from clip to clip (scope "clip").
 
-They are taken from the ``Inputs`` of all conditioners, so that a new condition is a new column by itself.
+They are declared in the ``Inputs`` of all conditioners, so that a new condition is a new column by itself.
 """
 
 from __future__ import annotations
@@ -8,24 +8,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Literal, TypeAlias
 
+from diffsynth.conditioning.argument import Kind
 from diffsynth.errors import ArgumentError
+from diffsynth.pipelines.options import call_arguments
 from diffsynth.training.dataset.clips import Value
 from diffsynth.training.dataset.tables import CAPTION_COLUMNS, MEDIA_COLUMNS
 
-Kind: TypeAlias = Literal["video", "picture", "pictures", "number", "numbers", "text"]
-
-# Inputs of a whole run, not of one clip: words are the caption's, input_video is what a clip starts from.
-_OF_TEXT_AND_START = ("text", "video")
-_OF_THE_RUN = frozenset(
-    {"resize", "max_area", "tile_size", "tile_stride", "fit", "num_inference_steps", "sampler"}
-    | {"sigma_shift", "denoising_strength", "sigmas", "timesteps"}
-)
 # Facts that tables often carry along; nobody takes them for an input.
 _FACTS = frozenset(
     {"id", "idx", "index", "width", "height", "fps", "num_frames", "frames", "duration", "type"}
@@ -37,28 +29,7 @@ _NEAR = 0.8  # of difflib: two letters of fifteen exchanged
 @cache
 def known_columns() -> dict[str, Kind]:
     """Names of per-clip inputs and what a cell of them holds."""
-    from diffsynth.conditioning.registry import (
-        CONDITIONERS,
-    )  # brings torch: most datasets have no such column
-
-    known: dict[str, Kind] = {}
-    elsewhere = {f.name for kind in _OF_TEXT_AND_START for f in fields(CONDITIONERS[kind].Inputs)}
-    for conditioner in CONDITIONERS.values():
-        for field in fields(conditioner.Inputs):
-            if field.name not in elsewhere | _OF_THE_RUN:
-                known[field.name] = _kind(str(field.type))
-    return known
-
-
-def _kind(written: str) -> Kind:
-    """What a cell holds, told by the type of the field as it is written."""
-    if "Frames" in written:
-        return "video"
-    if "Frame" in written:
-        return "pictures" if "Sequence[Frame" in written else "picture"
-    if "Sequence" in written:
-        return "numbers"
-    return "number" if "float" in written or "int" in written else "text"
+    return {name: each.kind for name, each in call_arguments().items() if each.scope == "clip"}
 
 
 def sort_columns(columns: Sequence[str], source: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:

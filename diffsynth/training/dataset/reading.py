@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffsynth.pipelines.options import call_arguments
 from diffsynth.training.dataset.clips import Clip
 from diffsynth.training.dataset.columns import known_columns
 from diffsynth.video import load_image
@@ -21,9 +22,6 @@ from diffsynth.video.reading import PICTURE_SUFFIXES, VideoFile
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# Pictures of what a clip shows, not of its frames: the pipeline fits them itself, on white or cut.
-OWN_SIZE = frozenset({"reference_image", "vace_reference_image"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +51,9 @@ def read_clip(clip: Clip) -> ClipPixels:
             aspect = clip.input_aspects.get(name, 1.0)
             inputs[name] = torch.from_numpy(_of_clip(clip, value, clip.input_indices[name], aspect))
         elif kind == "picture" and isinstance(value, Path):
-            picture = _whole(clip, value) if name in OWN_SIZE else _of_clip(clip, value, (0,))[0]
+            # What a clip shows and is no frame of it, the pipeline fits itself, on white or cut.
+            keeps_size = call_arguments()[name].own_size
+            picture = _whole(clip, value) if keeps_size else _of_clip(clip, value, (0,))[0]
             inputs[name] = torch.from_numpy(picture)
         elif kind == "pictures" and isinstance(value, tuple):
             pictures = [file for file in value if isinstance(file, Path)]

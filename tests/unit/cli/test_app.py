@@ -6,14 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from diffsynth import __version__
-from diffsynth.cli.flags import FLAGS, TORCH_NAMES, DtypeName, PrecisionName, SamplerName, short_dtype
+from diffsynth.cli.flags import FLAGS, TORCH_NAMES, DtypeName, PrecisionName, short_dtype
+from diffsynth.conditioning.clips import FITS
 from diffsynth.pipelines.foreign_arguments import ADVERTISED
+from diffsynth.pipelines.options import call_arguments
 from diffsynth.pipelines.request import known_arguments
 from diffsynth.sampling.registry import SAMPLERS
+from diffsynth.video import Resize
 from tests.unit.checkpoints.weights import manifests, write_sparse
 from tests.unit.cli.running import Shell
 
@@ -31,6 +35,7 @@ PYTHON_ONLY = {
 SPY = """
 import atexit, json, sys
 from pathlib import Path
+from typing import get_args
 def tell():
     heavy = {"torch", "numpy", "PIL", "av", "safetensors", "transformers"} & set(sys.modules)
     status = Path("/proc/self/status")
@@ -81,7 +86,8 @@ def test_flags_are_the_arguments_of_pipe() -> None:
 def test_choices_are_what_the_pipeline_knows() -> None:
     import torch
 
-    assert [name.value for name in SamplerName] == list(SAMPLERS)
+    assert call_arguments()["sampler"].choices == tuple(SAMPLERS)
+    assert call_arguments()["fit"].choices == FITS and call_arguments()["resize"].choices == get_args(Resize)
     names = [TORCH_NAMES.get(name.value, name.value) for name in DtypeName]
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in names)
     assert [name.value for name in PrecisionName] == ["official", "v1"]
