@@ -27,7 +27,6 @@ TASK_READS = (
     "task", "prompt_text", "size", "input_video_path", "ckpt_dir", "save_file", "base_seed", "sample_solver",
     "sample_steps", "sample_shift", "sample_guide_scale", "offload_model", "t5_cpu", "convert_model_dtype",
 )  # fmt: skip
-_LEFT_OUT = {"strict": False, "preview": False}  # values of flags that refine does not have
 
 
 def run_refine(prompt: str | None, given: Mapping[str, object]) -> None:
@@ -48,7 +47,7 @@ def run_refine(prompt: str | None, given: Mapping[str, object]) -> None:
     }
     source = values.pop("source")
     with log_to_stderr(bool(values["quiet"])):
-        make(*refined(source, prompt, {**values, **_LEFT_OUT}))
+        make(*refined(source, prompt, values))
 
 
 def refined_by_task(prompt: str | None, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
