@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -70,3 +71,10 @@ def test_python_code_runs(toy_folder: Path, tmp_path: Path, monkeypatch: pytest.
 def test_files_that_the_readme_names_are_there() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), f"README.md links to {target}, which is not there"
+
+
+def test_what_is_said_of_real_gpus_is_what_the_results_say() -> None:
+    lines = [line for file in (ROOT / "benchmarks/results").glob("*.jsonl") for line in file.open()]
+    has_rows = any(json.loads(line)["machine"].get("gpu") for line in lines)
+    says_none = "No result of this version comes from a real GPU" in README
+    assert says_none is not has_rows, "a row of a GPU came or went: tell it in README, Where it runs"

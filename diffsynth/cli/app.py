@@ -11,7 +11,7 @@ import typer
 
 from diffsynth import __version__
 from diffsynth.cli import dataset, lora
-from diffsynth.cli.ending import plain_errors, whole_output
+from diffsynth.cli.ending import missing_package, plain_errors, whole_output
 from diffsynth.cli.flags import DECODE_FLAGS, FLAGS, DtypeName, short_dtype, with_flags
 from diffsynth.cli.task_flags import REFINE_FLAGS, TASK_FLAGS
 
@@ -44,7 +44,14 @@ app.add_typer(dataset.app)
 def main() -> None:
     """Run the command line of this process, and end the process."""
     with whole_output():
-        app(prog_name="diffsynth")
+        try:
+            app(prog_name="diffsynth")
+        except ModuleNotFoundError as error:  # of what reads the line: commands tell theirs themselves
+            missing = missing_package(error)
+            if missing is None or "--debug" in sys.argv:
+                raise
+            typer.echo(f"error: {missing}", err=True)
+            raise SystemExit(1) from None
 
 
 def _show_version(is_wanted: bool) -> None:

@@ -18,6 +18,7 @@ import typer
 from diffsynth.errors import DiffSynthError
 
 INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
+_PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python"}  # whose names are not their modules'
 
 
 @contextmanager
@@ -35,7 +36,12 @@ def plain_errors(debug: bool = False) -> Iterator[None]:
             raise
         typer.echo(f"error: {_told(error)}", err=True)
         raise typer.Exit(1) from None
-    except Exception:
+    except Exception as error:
+        if missing := missing_package(error):
+            if debug:
+                raise
+            typer.echo(f"error: {missing}", err=True)
+            raise typer.Exit(1) from None
         traceback.print_exc()
         typer.echo(
             "error: This is a fault of diffsynth, not of your line. The lines above say where it is: please "
@@ -43,6 +49,15 @@ def plain_errors(debug: bool = False) -> Iterator[None]:
             err=True,
         )
         raise typer.Exit(1) from None
+
+
+def missing_package(error: Exception) -> str | None:
+    """What to install where a package of others is not there, or None: it is another error."""
+    module = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if module in ("", "diffsynth"):
+        return None
+    package = _PACKAGES.get(module, module)
+    return f"The Python package {module} is not installed, and this needs it: pip install {package}"
 
 
 def _told(error: Exception) -> str:

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from diffsynth.errors import ArgumentError
+from diffsynth.video.ffmpeg import pyav
 
 DEFAULT_QUALITY = 9
 
@@ -178,7 +179,7 @@ def _parse_params(params: Sequence[str]) -> dict[str, str]:
 
 def _try_encoder(encoding: Encoding, suffix: str) -> None:
     """Open the encoder once, so that what it refuses is known before the first frame is made."""
-    import av
+    av = pyav()
     from av.video.codeccontext import VideoCodecContext
 
     os.environ.setdefault("SVT_LOG", "1")  # errors only; AV1's encoder otherwise fills the terminal

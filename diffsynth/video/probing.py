@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from diffsynth.errors import MediaNotFoundError, MediaReadError, absence
+from diffsynth.video.ffmpeg import pyav
 from diffsynth.video.images import UNREADABLE_PICTURE
 from diffsynth.video.pixels import picture_size
 from diffsynth.video.reading import PICTURE_SUFFIXES, VideoFile
@@ -82,8 +83,7 @@ def _probe_picture(file: Path) -> MediaFacts:
 
 
 def _probe_video(file: Path, num_bytes: int) -> MediaFacts:
-    import av
-
+    av = pyav()
     try:
         with av.open(str(file), metadata_errors="replace") as container:
             stream: Any = container.streams.best("video")

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from diffsynth.errors import ArgumentError, MediaNotFoundError, MediaReadError, UnknownArgumentError, absence
 from diffsynth.video.encoding import scaling
+from diffsynth.video.ffmpeg import pyav
 from diffsynth.video.images import save_frames
 from diffsynth.video.pixels import cover
 from diffsynth.video.plain import plain_picture
@@ -247,8 +248,7 @@ class VideoFile:
         return _to_image(found)
 
     def _open(self) -> None:
-        import av
-
+        av = pyav()
         try:
             self._container = av.open(str(self.path), metadata_errors="replace")
         except av.FFmpegError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from diffsynth.errors import ArgumentError, MediaNotFoundError, MediaReadError, absence
+from diffsynth.video.ffmpeg import pyav
 from diffsynth.video.paths import IMAGE_SUFFIXES
 
 TAG = "comment"
@@ -107,8 +108,7 @@ def _picture_comment(path: Path) -> str:
 
 
 def _video_comment(path: Path) -> str:
-    import av
-
+    av = pyav()
     try:
         with av.open(str(path)) as container:
             tags = {name.lower(): value for name, value in container.metadata.items()}
