@@ -200,10 +200,10 @@ def _spatial_stride(layers: Sequence[LayerSpec]) -> int:
 def _chunk_bytes(layers: Sequence[LayerSpec], work: Workload, rows: int, columns: int) -> int:
     """Bytes while one latent frame of ``rows`` x ``columns`` is decoded, histories of all layers included.
 
-    A residual block is fullest in its second convolution: its input, what the first gave, its norm, the norm
-    joined with two past frames, the new history beside the old, the result; or in its first, where it
-    narrows: input, norm and what is joined are wider than the rest. Stages of the Wan2.2 VAE hold their input
-    beside it, for the shortcut; the last stage, which has none, does not.
+    A residual block is fullest in its second convolution: its input, a window of this chunk and two past
+    frames, the result; or in its first, where it narrows: input and window are wider than the rest; or, on a
+    GPU, in a norm, whose result is there before it goes into the window. Stages of the Wan2.2 VAE hold their
+    input beside it, for the shortcut; the last stage, which has none, does not.
     """
     counts = {layer.name.removeprefix("decoder."): layer.num_parameters for layer in layers}
     is_clip = work.num_frames > 1
@@ -223,9 +223,11 @@ def _chunk_bytes(layers: Sequence[LayerSpec], work: Workload, rows: int, columns
         if kind == "residual":
             received, channels = (counts.get(f"{name}.residual.{i}.gamma", 0) for i in (0, 3))
             history += kept * (received + channels) * positions
-            second = frames * received + (4 * frames + 4 if is_clip else 3) * channels
-            first = (3 * frames + 4 if is_clip else 2) * received + frames * channels
-            peak = max(peak, max(first, second) * positions + beside)
+            window = frames + (2 if is_clip else 0)
+            first = (frames + window) * received + frames * channels
+            second = frames * received + (window + frames) * channels
+            norms = frames * max(3 * received, received + 3 * channels) if work.device == "cuda" else 0
+            peak = max(peak, max(first, second, norms) * positions + beside)
             continue
         if f"{name}.time_conv.weight" in counts and is_clip:
             history += 2 * channels * positions

@@ -9,24 +9,31 @@ import torch
 
 from diffsynth.cli import doctor
 from diffsynth.models.wan.vae import WanVideoVAE
+from diffsynth.models.wan.vae22 import WanVideoVAE22
+from diffsynth.models.wan.vae_coding import CausalVAE
 from diffsynth.ops import convolution
 from diffsynth.pipelines.decoding import VideoDecoder
 from diffsynth.pipelines.rungs import Tiling
 from diffsynth.pipelines.vae_encoding import VideoEncoder
 from diffsynth.vram_management.plan import layers_of_module, plan_memory
-from tests.fake_cuda import controls
+from tests.fake_cuda import answers, controls
 
 CUDA = torch.device("cuda", 0)
 GIB = controls.GIB
 
 
-@pytest.fixture
-def vae() -> WanVideoVAE:
-    """The VAE of Wan2.1 in bfloat16, with weights of nothing."""
+def with_weights_of_nothing(kind: type[WanVideoVAE | WanVideoVAE22]) -> CausalVAE:
+    """A released VAE in bfloat16."""
     controls.copies_move_bytes(False)
     with torch.device("meta"):
-        made = WanVideoVAE.from_config({}).to(torch.bfloat16)
+        made = kind.from_config({}).to(torch.bfloat16)
     return made.to_empty(device=CUDA).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def vae() -> CausalVAE:
+    """That of Wan2.1."""
+    return with_weights_of_nothing(WanVideoVAE)
 
 
 def host_video(num_frames: int, height: int, width: int) -> torch.Tensor:
@@ -34,7 +41,7 @@ def host_video(num_frames: int, height: int, width: int) -> torch.Tensor:
     return torch.empty(1, 3, num_frames, height, width)
 
 
-def test_an_encode_stays_within_the_limit_that_its_plan_was_given(vae: WanVideoVAE) -> None:
+def test_an_encode_stays_within_the_limit_that_its_plan_was_given(vae: CausalVAE) -> None:
     plan = plan_memory(
         layers_of_module("vae", vae), dit=None, height=720, width=1280, num_frames=81, vram_limit_gib=6
     )
@@ -47,7 +54,7 @@ def test_an_encode_stays_within_the_limit_that_its_plan_was_given(vae: WanVideoV
 
 
 def test_an_encode_goes_on_in_tiles_where_the_card_is_too_small(
-    vae: WanVideoVAE, caplog: pytest.LogCaptureFixture
+    vae: CausalVAE, caplog: pytest.LogCaptureFixture
 ) -> None:
     controls.device_memory(2 * GIB)
     encoder = VideoEncoder(vae=vae, device=CUDA, tiling=Tiling())
@@ -57,7 +64,7 @@ def test_an_encode_goes_on_in_tiles_where_the_card_is_too_small(
     assert "while encoding the whole picture" in caplog.text and "tiles" in caplog.text
 
 
-def test_memory_does_not_grow_with_the_length_of_a_video(vae: WanVideoVAE) -> None:
+def test_memory_does_not_grow_with_the_length_of_a_video(vae: CausalVAE) -> None:
     peaks = []
     for num_frames in (13, 29):
         torch.cuda.reset_peak_memory_stats()
@@ -67,7 +74,7 @@ def test_memory_does_not_grow_with_the_length_of_a_video(vae: WanVideoVAE) -> No
 
 
 def test_a_cudnn_that_torch_leaves_out_is_told_by_the_first_encode_or_decode(
-    vae: WanVideoVAE, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    vae: CausalVAE, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "__version__", "2.10.0+cu128")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
@@ -84,3 +91,23 @@ def test_a_cudnn_that_torch_leaves_out_is_told_by_the_first_encode_or_decode(
         ]
     [found] = [finding for finding in doctor._gpus("PyTorch") if finding.name == "cuDNN"]
     assert found.found.startswith("9.10.2") and ">=9.15'" in found.remedy
+
+
+@torch.no_grad()
+def test_81_frames_of_480p_take_less_than_4_gb(vae: CausalVAE) -> None:
+    torch.cuda.reset_peak_memory_stats()
+    for chunk in vae.decode_stream(torch.empty(1, 16, 21, 60, 104, device=CUDA)):
+        del chunk
+    vae.encode(host_video(81, 480, 832))
+    assert torch.cuda.max_memory_allocated() < 4e9
+
+
+@pytest.mark.parametrize("kind", [WanVideoVAE, WanVideoVAE22])
+@torch.no_grad()
+def test_every_convolution_runs_channels_last(kind: type[WanVideoVAE | WanVideoVAE22]) -> None:
+    vae = with_weights_of_nothing(kind)
+    answers.convolutions.clear()
+    vae.encode(host_video(9, 64, 96))
+    vae.decode(torch.empty(1, vae.z_dim, 3, 4, 6, device=CUDA))
+    assert len(answers.convolutions) > 200
+    assert not [shapes for *shapes, is_last in answers.convolutions if not is_last]

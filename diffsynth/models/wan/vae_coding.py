@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +105,10 @@ def run_levels(
     x = entry(x, history)
     for layer in layers:
         x = layer(x, history)
-    norm, activation, conv = head
-    return conv(norm(x, activation), history)  # type: ignore[no-any-return]
+    norm, activation, conv = cast("Any", head)
+    x = norm(x, activation, conv.window(x, history))
+    x = conv.slide(x, history)
+    return x
 
 
 def known_sizes(kind: type, config: Mapping[str, object]) -> dict[str, object]:

@@ -3,14 +3,15 @@
 Letters: B batch, C channels, F frames of this chunk, H W height and width.
 Every layer is causal in time: a frame sees itself and frames before it. A clip may therefore be cut into
 chunks of any length; `History` carries the last input frames of each temporal layer from chunk to chunk.
-Activations travel channels-last (NDHWC in memory): frames are then contiguous, so that joining history and
-chunk is one plain copy and folding frames into the batch costs nothing.
+Activations travel channels-last (NDHWC in memory): frames are then contiguous, so that folding frames into
+the batch costs nothing. What a convolution over time reads is made where it is read, in a window behind the
+frames before it, so that nothing has to be joined.
 """
 
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from diffsynth.ops.attention import attend
 
 PIECE_BYTES = 1 << 20  # float32 bytes worked on at a time: about half of a core's second-level cache
+TINY = 1e-12  # the shortest length that a vector is divided by
+# From PyTorch 2.9 on a GPU; before, `F.rms_norm` was several kernels with float32 copies.
+HAS_RMS_KERNEL = hasattr(torch.ops.aten, "_fused_rms_norm_backward")
 ONEDNN_FROM = 20480  # channels x frames x height of one sample: PyTorch itself asks oneDNN above it alone
 
 
@@ -32,9 +36,9 @@ class History:
         """Whether an earlier chunk went through this layer."""
         return layer in self._frames
 
-    def recall(self, layer: nn.Module) -> Tensor | None:
-        """The frames that ``layer`` kept, (B, C, n, H, W), or None for "before the clip": zeros."""
-        return self._frames.get(layer)
+    def take(self, layer: nn.Module) -> Tensor | None:
+        """Give back the frames that ``layer`` kept, (B, C, n, H, W); None before the clip's first chunk."""
+        return self._frames.pop(layer, None)
 
     def keep(self, layer: nn.Module, frames: Tensor | None) -> None:
         """Store the frames; a clone, so that the chunk they were cut from can be freed."""
@@ -50,24 +54,47 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
         """(B, C, F, H, W) -> (B, C', F, H, W). Kernels longer than one frame need ``history``."""
-        num_past = self.kernel_size[0] - 1
-        if num_past == 0 or history is None:
+        if self.kernel_size[0] == 1 or history is None:
             return channels_last(super().forward(x))
-        past = history.recall(self)
+        window = self.window(x, history)
+        if window is not None:
+            window[:, :, -x.shape[2] :] = x
+        return self.slide(x if window is None else window, history)
+
+    def window(self, x: Tensor, history: History) -> Tensor | None:
+        """Return memory for a chunk of the shape of x behind the two frames before it, which are there.
+
+        Returns:
+            (B, C, 2 + F, H, W), whose last F frames are to be written; None where the chunk is the clip's
+            first frame, which stands alone.
+        """
+        past = history.take(self)
         if past is None and x.shape[2] == 1:
+            return None
+        b, c, num_frames, h, w = x.shape
+        num_past, num_kept = self.kernel_size[0] - 1, 0 if past is None else past.shape[2]
+        shape = (b, c, num_past + num_frames, h, w)
+        # As x lies there: small convolutions on a CPU give the plain layout back.
+        is_last = x.is_contiguous(memory_format=torch.channels_last_3d)
+        layout = torch.channels_last_3d if is_last else torch.contiguous_format
+        window = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        if num_kept < num_past:
+            window[:, :, : num_past - num_kept] = 0  # before the clip
+        if past is not None:
+            window[:, :, num_past - num_kept : num_past] = past
+        return window
+
+    def slide(self, window: Tensor, history: History) -> Tensor:
+        """Convolve a filled `window`, or a first frame: -> (B, C', F, H, W)."""
+        num_past = self.kernel_size[0] - 1
+        history.keep(self, window[:, :, -num_past:])
+        if window.shape[2] == 1:
             # Before the clip there are zeros: only the last tap of the kernel meets a frame. A third of the
             # work.
-            history.keep(self, x)
-            first = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:])  # type: ignore[arg-type]
+            first = F.conv2d(window[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:])
             return channels_last(first.unsqueeze(2))
-        missing = num_past - (0 if past is None else past.shape[2])
-        pieces = [channels_last(x.new_zeros(*x.shape[:2], missing, *x.shape[3:]))] if missing else []
-        joined = torch.cat([*pieces, *(() if past is None else (past,)), x], dim=2)
-        history.keep(self, joined[:, :, -num_past:])
-        made = super().forward(joined)
-        del joined, past, pieces  # not beside a copy of the result
         # PyTorch gives small convolutions of one sample back in the plain layout, whatever it was given.
-        return channels_last(made)
+        return channels_last(super().forward(window))
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """As Conv3d; small inputs on a CPU too go through oneDNN.
@@ -93,36 +120,56 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * num_dims))
 
-    def forward(self, x: Tensor, activation: nn.Module | None = None) -> Tensor:
-        """(B, C, ...) -> the same shape; ``activation`` is applied to the result."""
+    def forward(self, x: Tensor, activation: nn.Module | None = None, window: Tensor | None = None) -> Tensor:
+        """(B, C, ...) -> the same shape; ``activation`` is applied to the result.
+
+        With a `CausalConv3d.window` it becomes the last frames of that, and all of the window is returned.
+        """
         # Channels last in the view as in memory: a reduction over the innermost axis is several times faster.
-        vectors = x.movedim(1, -1)
-        gain = self.gamma.flatten() * math.sqrt(x.shape[1])
-        if not torch.is_grad_enabled() and vectors.is_contiguous() and x.device.type == "cpu":
-            scaled = normalise_in_pieces(vectors, gain, activation is not None)
-        else:
-            length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(1e-12)
-            scaled = vectors / length * gain
+        vectors, gamma = x.movedim(1, -1), self.gamma.flatten()
+        into = None if window is None else window[:, :, -x.shape[2] :].movedim(1, -1)
+        if torch.is_grad_enabled() or not vectors.is_contiguous():
+            scaled = vectors / lengths(vectors) * (gamma * math.sqrt(x.shape[1]))
             scaled = scaled if activation is None else activation(scaled)
-        moved: Tensor = scaled.movedim(-1, 1)
-        return moved
+            scaled = scaled if into is None else into.copy_(scaled)
+        else:
+            scaled = torch.empty(vectors.shape, dtype=x.dtype, device=x.device) if into is None else into
+            normalise = normalise_in_pieces if x.device.type == "cpu" else normalise_whole
+            normalise(vectors, scaled, gamma, activation is not None)
+        return scaled.movedim(-1, 1) if window is None else window
 
 
-def normalise_in_pieces(vectors: Tensor, gain: Tensor, has_silu: bool) -> Tensor:
+def lengths(vectors: Tensor) -> Tensor:
+    """(..., C) -> (..., 1), above 0."""
+    norm: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return norm.clamp_min(TINY)
+
+
+def normalise_in_pieces(vectors: Tensor, out: Tensor, gamma: Tensor, has_silu: bool) -> None:
     """The norm of contiguous vectors (..., C), float32 inside, in pieces that stay in a CPU core's cache."""
-    rows = vectors.view(-1, vectors.shape[-1])
-    out = torch.empty_like(rows)
-    gain = gain.float()
-    for source, target in zip(
-        *(torch.split(t, PIECE_BYTES // (4 * rows.shape[1])) for t in (rows, out)), strict=True
-    ):
-        piece = source.float()
-        length = torch.linalg.vector_norm(piece, dim=-1, keepdim=True).clamp_min_(1e-12)
-        # Not in place: a float32 piece is its own source.
-        piece = piece * length.reciprocal_()
-        piece *= gain
-        target.copy_(F.silu(piece, inplace=True) if has_silu else piece)
-    return out.view(vectors.shape)
+    width = vectors.shape[-1]
+    gain = (gamma * math.sqrt(width)).float()
+    for sample, made in zip(vectors, out, strict=True):
+        rows = (torch.split(t.view(-1, width), PIECE_BYTES // (4 * width)) for t in (sample, made))
+        for source, target in zip(*rows, strict=True):
+            piece = source.float()
+            # Not in place: a float32 piece is its own source.
+            piece = piece * lengths(piece).reciprocal_()
+            piece *= gain
+            target.copy_(F.silu(piece, inplace=True) if has_silu else piece)
+
+
+def normalise_whole(vectors: Tensor, out: Tensor, gamma: Tensor, has_silu: bool) -> None:
+    """The norm of contiguous vectors (..., C) on a GPU, in one pass where torch has a kernel for it."""
+    width = vectors.shape[-1]
+    if HAS_RMS_KERNEL:
+        scaled = F.rms_norm(vectors, (width,), gamma, TINY**2 / width)
+    else:
+        scaled = torch.div(vectors, lengths(vectors), out=out).mul_(gamma * math.sqrt(width))
+    if has_silu:
+        torch.ops.aten.silu.out(scaled, out=out)
+    else:
+        out.copy_(scaled)
 
 
 class ResidualBlock(nn.Module):
@@ -146,10 +193,12 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, history: History) -> Tensor:
-        norm1, act1, conv1, norm2, act2, _, conv2 = self.residual
-        y = conv1(norm1(x, act1), history)
-        y = conv2(norm2(y, act2), history)
-        return y + self.shortcut(x)  # type: ignore[no-any-return]
+        norm1, act1, conv1, norm2, act2, _, conv2 = cast("Any", self.residual)
+        y: Tensor = conv1.slide(norm1(x, act1, conv1.window(x, history)), history)
+        y = norm2(y, act2, conv2.window(y, history))  # what it is made of is not there beside the next result
+        y = conv2.slide(y, history)
+        y += self.shortcut(x)
+        return y
 
 
 class AttentionBlock(nn.Module):
@@ -168,7 +217,7 @@ class AttentionBlock(nn.Module):
         q, k, v = qkv.chunk(3, dim=-1)  # (n, H W, one head, c)
         # One frame at a time: where heads of 384 channels have no fused kernel, scores are (H W)^2 numbers.
         seen = [attend(q[i], k[i], v[i]) for i in _one_by_one(n)]
-        out = torch.cat(seen).squeeze(2).transpose(1, 2).reshape(n, c, h, w)
+        out = torch.cat(seen).view(n, h, w, c).movedim(-1, 1)
         return x + unfold_frames(self.proj(out), x.shape[0])
 
 
@@ -193,7 +242,7 @@ class Downsample(nn.Module):
         x = unfold_frames(conv(pad(fold_frames(x))), x.shape[0])
         if not self.temporal:
             return x
-        past = history.recall(self)
+        past = history.take(self)
         history.keep(self, x[:, :, -1:])
         if past is not None:
             return self.time_conv(torch.cat([past, x], dim=2))  # type: ignore[no-any-return]
@@ -270,9 +319,17 @@ def channels_last(x: Tensor) -> Tensor:
 
 def fold_frames(x: Tensor) -> Tensor:
     """(B, C, F, H, W) -> (B F, C, H, W); a view when x is channels-last."""
-    return x.transpose(1, 2).flatten(0, 1)
+    if x.device.type == "cpu":
+        return x.transpose(1, 2).flatten(0, 1)
+    # With the channels behind meanwhile: else the strides of a single frame do not tell that it is
+    # channels-last, and cuDNN works on a copy in the plain layout. On a CPU that layout stays: it decides in
+    # which order products are summed there.
+    return x.movedim(1, -1).flatten(0, 1).movedim(-1, 1)
 
 
 def unfold_frames(x: Tensor, batch: int) -> Tensor:
-    """(B F, C, H, W) -> (B, C, F, H, W)."""
-    return x.view(batch, -1, *x.shape[1:]).transpose(1, 2)
+    """(B F, C, H, W) -> (B, C, F, H, W); strides as in `fold_frames`."""
+    if x.device.type == "cpu":
+        return x.view(batch, -1, *x.shape[1:]).transpose(1, 2)
+    vectors = x.movedim(1, -1)
+    return vectors.view(batch, -1, *vectors.shape[1:]).movedim(-1, 1)

@@ -87,6 +87,17 @@ def test_norm_in_pieces_equals_the_formula_and_spares_its_input(
     )
 
 
+@pytest.mark.parametrize("has_kernel", [True, False], ids=["torch-2.9", "earlier"])
+def test_the_norm_of_a_gpu_equals_the_formula(has_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vae_layers, "HAS_RMS_KERNEL", has_kernel)
+    vectors, gamma = torch.randn(3, 5, 8), torch.randn(8)
+    vectors[0, 0] = 0.0
+    out = torch.full_like(vectors, torch.nan)
+    vae_layers.normalise_whole(vectors, out, gamma, True)
+    expected = F.silu(F.normalize(vectors, dim=-1) * 8**0.5 * gamma)
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
