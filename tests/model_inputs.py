@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsynth.models.table import INPUTS
-
 FRAMES = 5
+ALONE = "input_video"  # a video to start from and references in front of the latents exclude each other
+# what means nothing without another
+COMPANIONS = {"end_image": "input_image", "vace_video_mask": "vace_video"}
 
 
 def given(names: Iterable[str], height: int, width: int, way: int = 0) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def given(names: Iterable[str], height: int, width: int, way: int = 0) -> dict[s
 
 def companions(name: str, height: int, width: int) -> dict[str, Any]:
     """Arguments of the inputs without which this one means nothing."""
-    return given([other for other in INPUTS[name] if other in INPUTS and other != name], height, width)
+    return given([COMPANIONS[name]] if name in COMPANIONS else [], height, width)
 
 
 def _values(name: str, height: int, width: int, way: int) -> dict[str, Any]:

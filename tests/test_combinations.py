@@ -18,12 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffsynth.models.kinds import facts_of_kind
 from diffsynth.models.model_manager import ModelManager
-from diffsynth.models.table import ALONE, Facts, inputs_read
+from diffsynth.models.table import inputs_read
 from diffsynth.models.toy import GENERATION, KINDS, toy_files
 from diffsynth.ops.fp8 import FP8
 from diffsynth.pipelines.wan_video import WanVideoPipeline
-from tests.model_inputs import given
+from tests.model_inputs import ALONE, given
 from tests.unit.lora.files import pair, write
 
 SEED = 4  # of the table: the same rows every time
@@ -115,7 +116,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def latents(pipe: WanVideoPipeline, kind: str, start: str = "noise", **more: Any) -> Tensor:
-    names = [name for name in inputs_read(Facts.of_kind(kind)) if name != ALONE]
+    names = [name for name in inputs_read(facts_of_kind(kind)) if name != ALONE]
     if start == "video":
         # references stand in front of the latents, where a video has nothing to start from
         names = [name for name in names if name != "vace_reference_image"] + [ALONE]

@@ -20,24 +20,24 @@ from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.detect import detect
 from diffsynth.conditioning.registry import CONDITIONERS
 from diffsynth.errors import ArgumentError
+from diffsynth.models.kinds import KINDS, facts_of_kind
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.models.registry import ARCHITECTURES
 from diffsynth.models.table import (
     ADAPTERS,
-    ALONE,
-    INPUTS,
     MODELS,
-    Facts,
     ModelRow,
     inputs_needed,
     inputs_read,
     main,
+    main_inputs,
     tables,
     with_tables,
 )
-from diffsynth.models.toy import KINDS, toy_files
+from diffsynth.models.toy import toy_files
+from diffsynth.models.wan.facts import config_of, facts_of
 from diffsynth.pipelines.wan_video import WanVideoPipeline
-from tests.model_inputs import FRAMES, companions, given
+from tests.model_inputs import ALONE, COMPANIONS, FRAMES, companions, given
 from tests.stopping import stopping_before
 from tests.unit.checkpoints.weights import manifests, write_sparse
 
@@ -47,8 +47,8 @@ TEXT_DIM = 32  # of the toys
 
 # rows that have one toy are one case
 KINDS_OF_ROWS = sorted({(row.kind, row.num_experts) for row in MODELS})
-CASES = [(kind, count, name) for kind, count in KINDS_OF_ROWS for name in inputs_read(Facts.of_kind(kind))]
-NEEDS = [(kind, count, name) for kind, count in KINDS_OF_ROWS for name in inputs_needed(Facts.of_kind(kind))]
+CASES = [(kind, count, name) for kind, count in KINDS_OF_ROWS for name in inputs_read(facts_of_kind(kind))]
+NEEDS = [(kind, count, name) for kind, count in KINDS_OF_ROWS for name in inputs_needed(facts_of_kind(kind))]
 
 
 def case_id(value: object) -> str:
@@ -75,20 +75,20 @@ def make(pipe: WanVideoPipeline, arguments: Mapping[str, Any], **more: Any) -> T
 
 def without(kind: str, name: str) -> dict[str, Any]:
     """What a model needs, but for one input and those that mean nothing without it."""
-    needed = inputs_needed(Facts.of_kind(kind))
-    return given([other for other in needed if name not in INPUTS[other]], SIDE, SIDE)
+    needed = inputs_needed(facts_of_kind(kind))
+    return given([other for other in needed if name not in (other, COMPANIONS.get(other))], SIDE, SIDE)
 
 
 @pytest.mark.parametrize(("kind", "num_experts"), KINDS_OF_ROWS, ids=case_id)
 def test_every_row_makes_frames(kind: str, num_experts: int) -> None:
-    names = [name for name in inputs_read(Facts.of_kind(kind)) if name != ALONE]
+    names = [name for name in inputs_read(facts_of_kind(kind)) if name != ALONE]
     frames = make(pipeline(kind, num_experts), given(names, SIDE, SIDE), output_type="pt")
     assert frames.shape == (1, FRAMES, 3, SIDE, SIDE)
 
 
 @pytest.mark.parametrize(("kind", "num_experts"), KINDS_OF_ROWS, ids=case_id)
 def test_every_row_goes_on_from_saved_steps(kind: str, num_experts: int, tmp_path: Path) -> None:
-    names = [name for name in inputs_read(Facts.of_kind(kind)) if name != ALONE]
+    names = [name for name in inputs_read(facts_of_kind(kind)) if name != ALONE]
     small = {"height": 32, "width": 32, "num_inference_steps": 3, "sampler": "unipc"}
     run = {**given(names, 32, 32), **small}
     pipe, file = pipeline(kind, num_experts), tmp_path / "run.safetensors"
@@ -100,10 +100,10 @@ def test_every_row_goes_on_from_saved_steps(kind: str, num_experts: int, tmp_pat
 @pytest.mark.parametrize(("kind", "num_experts", "name"), CASES, ids=case_id)
 def test_changing_one_input_changes_the_video(kind: str, num_experts: int, name: str) -> None:
     pipe = pipeline(kind, num_experts)
-    needed = [other for other in inputs_needed(Facts.of_kind(kind)) if other != name]
+    needed = [other for other in inputs_needed(facts_of_kind(kind)) if other != name]
     others = {**given(needed, SIDE, SIDE), **companions(name, SIDE, SIDE)}
     ways = [{**others, **given([name], SIDE, SIDE, way)} for way in (0, 1)]
-    if len(needed) == len(inputs_needed(Facts.of_kind(kind))):
+    if len(needed) == len(inputs_needed(facts_of_kind(kind))):
         ways.append(others)
     made = [make(pipe, way) for way in ways]
     assert all((one - other).abs().max() > 1e-4 for one, other in combinations(made, 2))
@@ -127,11 +127,12 @@ def matches_of(files: tuple[str, ...], folder: Path) -> Iterator[tuple[str, Mapp
 
 @pytest.mark.parametrize("row", MODELS, ids=lambda row: row.title)
 def test_released_models_read_what_their_toy_reads(row: ModelRow, tmp_path: Path) -> None:
-    toy, widths = Facts.of_kind(row.kind), set()
+    toy, widths = facts_of_kind(row.kind), set()
     for files in row.checkpoints:
         networks = dict(matches_of(files, tmp_path))
         dit = networks.pop("wan_video_dit")
-        facts = Facts.of(dit, networks)
+        parts = {row.name: row.part for row in ARCHITECTURES}
+        facts = facts_of(config_of(dit), [parts[network] for network in networks])
         assert (inputs_read(facts), inputs_needed(facts)) == (inputs_read(toy), inputs_needed(toy))
         widths.add(dit["dim"])
     assert widths == set(row.widths)
@@ -149,9 +150,9 @@ def test_adapters_serve_dits_of_their_width(title: str, file: str, tmp_path: Pat
 def test_no_kind_of_input_and_no_toy_is_left_out() -> None:
     for name, conditioner in CONDITIONERS.items():
         fields = set(conditioner.Inputs.__dataclass_fields__)  # type: ignore[attr-defined]
-        assert name == "text" or fields & set(INPUTS), f"no input of {name} stands in the table"
+        assert name == "text" or fields & set(main_inputs()), f"no input of {name} stands in the table"
     assert {row.kind for row in MODELS} == set(KINDS)
-    assert {name for _, _, name in CASES} == set(INPUTS), "an input that no model reads"
+    assert {name for _, _, name in CASES} == set(main_inputs()), "an input that no model reads"
 
 
 def test_the_readme_has_the_tables_of_today(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,7 +209,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("row", "files"), RELEASED)
 def test_released_widths_make_frames(row: ModelRow, files: tuple[str, ...], folder: Path) -> None:
-    facts = Facts.of_kind(row.kind)
+    facts = facts_of_kind(row.kind)
     places = ["high_noise_model", "low_noise_model"] if row.num_experts == 2 else ["model"]
     paths = [
         write_drawn(folder / place / f"{file}.safetensors", cut(manifests()[file]))

@@ -103,6 +103,7 @@ FLAGS = {
         "--no-cfg", "--copy-gbs", "--ring-gbs", "--tflops", "--json",
     },
     "inspect": {"paths", "--json"},
+    "schema": {"--json"},
     "lora": set(),
     "dataset": set(),
     "train": set(),

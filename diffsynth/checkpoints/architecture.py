@@ -25,12 +25,14 @@ class Architecture:
 
     name: str  # for fetch_model: "wan_video_vace"
     title: str  # for people: "VACE adapter"
+    part: str  # its place in a pipeline: "dit", "vae"; of an adapter its own name: "vace"
     module: str | None  # "package.module:Class", imported when it is built; None: recognised but not built
     marks: tuple[str, ...]  # tensors that only this network has; all must be there
     owns: str  # regular expression: the tensors that belong to it
     config: Callable[[Shapes, Hints], Config]  # header and hints -> plain sizes for Class.from_config
     family: Callable[[Shapes, Hints, Config], str] | str = ""  # the kind within the name; empty: the name
     fits: Callable[[Shapes], bool] = _always  # what marks cannot say
+    is_adapter: bool = False  # it works beside a DiT, and is named after its part in `Conditions`
     planned_in: str = ""  # for rows that are not built: what to expect
 
 

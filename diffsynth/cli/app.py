@@ -201,6 +201,19 @@ def plan(  # noqa: PLR0913
         run_plan(paths, request, as_json)
 
 
+@app.command()
+def schema(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object, with what each model reads.")
+    ] = False,
+) -> None:
+    """List every argument of a generation: what it means, its default, and what reads it."""
+    from diffsynth.cli.schema import run_schema
+
+    with plain_errors():
+        run_schema(as_json)
+
+
 @app.command(
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

@@ -392,7 +392,7 @@ def _load(values: Mapping[str, Any]) -> WanVideoPipeline:
         pipe.choose_kernels(values["attention"], values["fp8_compute"])
     if pipe.parts.vae is None:
         raise MissingModelError(
-            f"--model holds no VAE; give its file too: --model DIT --model {pipe.parts.vae_file}."
+            f"--model holds no VAE; give its file too: --model DIT --model {pipe.parts.facts.vae_file}."
         )
     return pipe
 

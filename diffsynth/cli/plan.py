@@ -40,19 +40,6 @@ FRAMES_OF_A_LATENT = 4
 USUAL = -(10**18)  # a size that the model says: no number that anybody gives
 STRIDE_22 = 16  # pixels along an edge of a latent position, of the Wan2.2 VAE
 STORED = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp8": "F8_E4M3"}
-NETWORKS = {  # architecture -> name in a pipeline; DiTs are told apart by their role
-    "wan_video_text_encoder": "text_encoder",
-    "wan_video_image_encoder": "image_encoder",
-    "wan_video_audio_encoder": "audio_encoder",
-    "wan_video_vae": "vae",
-    "wan_video_vace": "vace",
-    "wan_video_reference_adapter": "reference",
-    "wan_video_camera_adapter": "camera",
-    "wan_video_speech_adapter": "speech",
-    "wan_video_animate_adapter": "animate",
-    "wan_video_motion_controller": "speed",
-}
-ADAPTERS = ("vace", "reference", "camera", "speech", "animate", "speed")
 IMAGE_TOKENS = 257  # of a picture, from the Wan2.1 image encoder
 
 
@@ -181,7 +168,7 @@ def find_parts(paths: Sequence[str]) -> Parts:
     for matches in by_file:
         is_low = any(matches is low for low in low_files)
         for match in matches:
-            name = "dit" if match.name == "wan_video_dit" else NETWORKS[match.name]
+            name = match.architecture.part
             if match.architecture.planned_in == NOT_PLANNED:
                 parts.passed_over.append(
                     f"{match.checkpoint.source} is {match.needs}. {match.architecture.planned_in}"
@@ -190,7 +177,7 @@ def find_parts(paths: Sequence[str]) -> Parts:
                 _put(parts, f"{name}_low_noise" if is_low else name, match)
     if not parts.matches:
         raise MissingModelError("None of these is a network of a pipeline. " + " ".join(parts.passed_over))
-    adapters = [match for name, match in parts.matches.items() if name in ADAPTERS]
+    adapters = [match for match in parts.matches.values() if match.architecture.is_adapter]
     if adapters and "dit" not in parts.matches:
         raise MissingModelError(
             f"{adapters[0].checkpoint.source} is {adapters[0].needs}, which works beside a DiT: "

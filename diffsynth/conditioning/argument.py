@@ -55,6 +55,7 @@ class Argument:
     unit: str = ""
     group: str | None = None
     choices: tuple[str, ...] = ()
+    unread: str = ""  # what is said of it where the loaded model does not read it: which models do
     flags: tuple[str, ...] | None = None  # spellings; None: --the-name
     official: tuple[str, ...] = ()  # flags of Wan's own generate.py that mean it
     own_size: bool = False  # a picture of what is shown and of no frame: it keeps its size in a dataset
@@ -79,10 +80,22 @@ def argument(default: Any, *, help: str, kind: Kind, **more: Any) -> Any:
 
 
 def arguments_of(readers: Sequence[type]) -> Mapping[str, Argument]:
-    """Return every argument of these dataclasses by name, in the order in which they are declared.
+    """Return every argument that these dataclasses read by name, in the order in which they are declared.
 
     Raises:
         TypeError: for an argument that two of them declare, or that none does.
+    """
+    declared = declared_in(readers)
+    if missing := [name for name in names_read(readers) if name not in declared]:
+        raise TypeError(f"{', '.join(missing)}: read by an Inputs dataclass, and declared by none.")
+    return MappingProxyType(declared)
+
+
+def declared_in(readers: Sequence[type]) -> dict[str, Argument]:
+    """Return the arguments that these dataclasses declare, by name.
+
+    Raises:
+        TypeError: for an argument that two of them declare.
     """
     declared: dict[str, Argument] = {}
     for reader in readers:
@@ -92,9 +105,7 @@ def arguments_of(readers: Sequence[type]) -> Mapping[str, Argument]:
             if each.name in declared:
                 raise TypeError(f"{each.name} is declared twice, the second time by {reader.__name__}.")
             declared[each.name] = Argument(name=each.name, type=str(each.type), **told)
-    if missing := [name for name in names_read(readers) if name not in declared]:
-        raise TypeError(f"{', '.join(missing)}: read by an Inputs dataclass, and declared by none.")
-    return MappingProxyType(declared)
+    return declared
 
 
 def names_read(readers: Sequence[type]) -> list[str]:

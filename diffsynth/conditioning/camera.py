@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from diffsynth.conditioning.argument import SOURCE, argument
+from diffsynth.conditioning.argument import SOURCE, argument, names_read
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution
-from diffsynth.errors import ArgumentError, UnusedInputError
+from diffsynth.conditioning.facts import DiTFacts
+from diffsynth.errors import ArgumentError
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ POSE_NUMBERS = 19
 MATRIX = 7  # where the matrix begins in a pose
 SOURCE_RATIO = 1280 / 720  # of the pictures whose focal lengths a pose tells
 FRAMES_PER_LATENT = 4
+UNREAD = "no loaded model reads it: it needs a Fun Control-Camera model"
 USUAL_SPEED = 1 / 54  # per frame
 USUAL_ORIGIN = (0, 0.532139961, 0.946026558, 0.5, 0.5, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0)
 # direction -> (place in a pose, sign); sideways and up shift directions of sight, in and out the centre
@@ -113,18 +115,19 @@ class CameraInputs:
     camera_control_direction: str | None = argument(
         None,
         help="Of a Fun Control-Camera model: Left, Right, Up, Down, In, Out, or joined, such as LeftUp.",
-        kind="text", scope="clip", group=SOURCE,
+        kind="text", scope="clip", group=SOURCE, unread=UNREAD,
     )  # fmt: skip
     camera_control_speed: float = argument(
         USUAL_SPEED, help="How far the camera goes from one frame to the next; 1/54 = 0.0185.",
-        kind="number", scope="clip", unit="per frame", group=SOURCE,
+        kind="number", scope="clip", unit="per frame", group=SOURCE, unread=UNREAD,
     )  # fmt: skip
     camera_control_origin: Sequence[float] = argument(
-        USUAL_ORIGIN, help="Pose of the first frame, 19 numbers.", kind="numbers", scope="clip"
-    )
+        USUAL_ORIGIN, help="Pose of the first frame, 19 numbers.", kind="numbers", scope="clip",
+        unread=UNREAD,
+    )  # fmt: skip
     camera_control_poses: Sequence[Sequence[float]] | None = argument(
         None, help="One pose per frame, in place of `camera_control_direction`.", kind="numbers",
-        scope="clip",
+        scope="clip", unread=UNREAD,
     )  # fmt: skip
 
 
@@ -134,17 +137,15 @@ class CameraConditioner:
     Inputs: ClassVar[type] = CameraInputs
     encoder: ClassVar[str | None] = None
 
-    def reads(self, parts: Components) -> bool:
-        return "camera" in parts.adapters
+    def reads(self, facts: DiTFacts) -> frozenset[str]:
+        return frozenset(names_read([CameraInputs])) if "camera" in facts.adapters else frozenset()
+
+    def needs(self, facts: DiTFacts) -> frozenset[str]:
+        return frozenset({"camera_control_direction"} if "camera" in facts.adapters else ())
 
     def applies(self, inputs: CameraInputs, parts: Components) -> bool:
         given = _given(inputs)
-        if not self.reads(parts):
-            if given:
-                raise UnusedInputError(
-                    f"{given[0]} was given, but no loaded model reads it: it needs a Fun "
-                    "Control-Camera model."
-                )
+        if not self.reads(parts.facts):
             return False
         direction, poses = inputs.camera_control_direction, inputs.camera_control_poses
         if poses is not None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffsynth.conditioning.conditions import Contribution
+    from diffsynth.conditioning.facts import DiTFacts
     from diffsynth.conditioning.tokenizer import Tokenizer
 
 
@@ -79,38 +80,8 @@ class Components(Protocol):
     known_words: frozenset[str]  # words that a small text encoder was taught; empty: it knows language
 
     @property
-    def planes(self) -> Mapping[str, int]:
-        """Channels of each plane that the DiT reads beside the noise; empty for text to video."""
-        ...
-
-    @property
-    def has_image_branch(self) -> bool:
-        """Whether the DiT reads tokens of an image encoder."""
-        ...
-
-    @property
-    def image_dim(self) -> int | None:
-        """Width of the features that the DiT reads of an image encoder; None: it reads none."""
-        ...
-
-    @property
-    def has_image_positions(self) -> bool:
-        """Whether image tokens have learned positions: those of a first and a last frame."""
-        ...
-
-    @property
-    def holds_first_frame(self) -> bool:
-        """Whether a given first frame is a latent that stays clean, with a clock of its own."""
-        ...
-
-    @property
-    def vae_file(self) -> str:
-        """Name of the released file of the VAE that the DiT was made for."""
-        ...
-
-    @property
-    def adapters(self) -> frozenset[str]:
-        """Names of the adapters beside the DiT."""
+    def facts(self) -> DiTFacts:
+        """What the DiT and the adapters beside it read."""
         ...
 
     @property
@@ -139,12 +110,19 @@ class Conditioner(Protocol):
     Inputs: ClassVar[type]  # frozen dataclass: the arguments of pipe() that it reads
     encoder: ClassVar[str | None]  # the one model it needs on the GPU, or None
 
-    def reads(self, parts: Components) -> bool:
-        """Whether the loaded DiT and its adapters can use these inputs."""
+    def reads(self, facts: DiTFacts) -> frozenset[str]:
+        """Names of the arguments that it reads for a model with these facts; none: there is no use for them.
+
+        A call with another argument of `Inputs` that the model could not use is refused before `applies`.
+        """
+        ...
+
+    def needs(self, facts: DiTFacts) -> frozenset[str]:
+        """Names of those without which such a model does not run."""
         ...
 
     def applies(self, inputs: Any, parts: Components) -> bool:
-        """Whether there is something to do; raises for an input that the loaded models cannot use."""
+        """Whether there is something to do; raises for inputs that do not go together, or lack one."""
         ...
 
     def needs_encoder(self, inputs: Any, parts: Components) -> bool:

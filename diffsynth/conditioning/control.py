@@ -9,7 +9,8 @@ from diffsynth.conditioning.argument import SOURCE, argument
 from diffsynth.conditioning.clips import Fit, check_length, clip_to_tensor
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution
-from diffsynth.errors import ArgumentError, MissingModelError, UnusedInputError
+from diffsynth.conditioning.facts import DiTFacts
+from diffsynth.errors import ArgumentError, UnusedInputError
 
 if TYPE_CHECKING:
     from diffsynth.video.pixels import Frames
@@ -24,6 +25,7 @@ class ControlInputs:
         None,
         help="Edges, poses or depth to follow, of a Fun Control model: a video, or a folder of pictures.",
         kind="video", scope="clip", group=SOURCE,
+        unread="no loaded model reads it: it needs a Fun-Control model",
     )  # fmt: skip
     # of control_video, vace_video and input_video
     fit: Fit | None = argument(
@@ -47,26 +49,24 @@ class ControlConditioner:
     Inputs: ClassVar[type] = ControlInputs
     encoder: ClassVar[str | None] = "vae"
 
-    def reads(self, parts: Components) -> bool:
-        return "control" in parts.planes
+    def reads(self, facts: DiTFacts) -> frozenset[str]:
+        own = {"control_video", "fit", "tile_size", "tile_stride"}
+        return frozenset(own if "control" in facts.planes else ())
+
+    def needs(self, facts: DiTFacts) -> frozenset[str]:
+        return frozenset({"control_video"} if "control" in facts.planes else ())
 
     def applies(self, inputs: ControlInputs, parts: Components) -> bool:
         videos = (inputs.control_video, inputs.vace_video, inputs.vace_video_mask, inputs.input_video)
         if inputs.fit is not None and all(video is None for video in videos):
             raise UnusedInputError("fit was given, but no video that it could fit; leave it out.")
         if inputs.control_video is None:
-            if "control" in parts.planes:
+            if self.needs(parts.facts):
                 raise ArgumentError(
                     "This model follows a control video and none was given; give control_video=, as many "
                     "frames as num_frames."
                 )
             return False
-        if not self.reads(parts):
-            raise UnusedInputError(
-                "control_video was given, but no loaded model reads it: it needs a Fun-Control model."
-            )
-        if parts.vae is None:
-            raise MissingModelError(f"control_video needs the VAE; load it ({parts.vae_file}).")
         return True
 
     def needs_encoder(self, inputs: ControlInputs, parts: Components) -> bool:

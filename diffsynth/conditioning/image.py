@@ -15,7 +15,8 @@ from diffsynth.conditioning.argument import SOURCE, argument
 from diffsynth.conditioning.clips import about, check_picture
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution, LatentPlan
-from diffsynth.errors import ArgumentError, MissingModelError, UnusedInputError
+from diffsynth.conditioning.facts import DiTFacts
+from diffsynth.errors import ArgumentError, UnusedInputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,9 +28,14 @@ IMAGE_TOKENS = 257  # of one picture, by the released encoder
 # what the log adds where a picture of other proportions is cropped
 ADVICE = "; resize='contain' or 'stretch' keeps all of it"
 ADVICE_SIZE = f"{ADVICE}, and max_area= its proportions"
-TAKERS = "I2V-14B, FLF2V-14B, Fun InP, Fun Control, Wan2.2 I2V-A14B, TI2V-5B and Fun-5B take it"
-
-END_TAKERS = "FLF2V-14B, Fun InP and Wan2.2 I2V-A14B take it"
+UNREAD = (
+    "the loaded model reads no picture; I2V-14B, FLF2V-14B, Fun InP, Fun Control, Wan2.2 I2V-A14B, TI2V-5B "
+    "and Fun-5B take it. To begin with a picture on a VACE model, give it as the first frame of vace_video"
+)
+END_UNREAD = (
+    "the loaded model has no plane that says which frames are given; FLF2V-14B, Fun InP and Wan2.2 I2V-A14B "
+    "take it"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +45,11 @@ class ImageInputs:
     # PIL, uint8 (H, W, 3), or floats in [0, 1] (3, H, W)
     input_image: Frame | None = argument(
         None, help="The first frame, of an image-to-video model.", kind="picture", scope="clip",
-        group=SOURCE, official=("image", "first_frame"),
+        group=SOURCE, official=("image", "first_frame"), unread=UNREAD,
     )  # fmt: skip
     end_image: Frame | None = argument(
         None, help="The last frame, of an FLF2V or InP model.", kind="picture", scope="clip",
-        group=SOURCE, official=("last_frame",),
+        group=SOURCE, official=("last_frame",), unread=END_UNREAD,
     )  # fmt: skip
     reference_image: Frame | None = None  # of Fun Control: the image encoder looks at it, not at input_image
     # of a picture of another size: "cover" crops in the middle, "stretch" gives up the proportions, as v1 did
@@ -197,30 +203,26 @@ class ImageConditioner:
     Inputs: ClassVar[type] = ImageInputs
     encoder: ClassVar[str | None] = "vae"
 
-    def reads(self, parts: Components) -> bool:
-        return "image" in parts.planes or parts.holds_first_frame
+    def reads(self, facts: DiTFacts) -> frozenset[str]:
+        if "image" not in facts.planes and not facts.holds_first_frame:
+            return frozenset()
+        own = {"input_image", "resize", "max_area", "tile_size", "tile_stride"}
+        return frozenset(own | {"end_image"} if "mask" in facts.planes else own)
+
+    def needs(self, facts: DiTFacts) -> frozenset[str]:
+        if set(facts.planes) != {"mask", "image"}:
+            return frozenset()
+        return frozenset({"input_image", "end_image"} if facts.has_image_positions else {"input_image"})
 
     def applies(self, inputs: ImageInputs, parts: Components) -> bool:
         if inputs.input_image is None:
             _check_absent(inputs, parts)
-            return tuple(parts.planes) == ("image",)
-        if not self.reads(parts):
-            raise UnusedInputError(
-                f"input_image was given, but the loaded model reads no picture; {TAKERS}. To begin with a "
-                "picture on a VACE model, give it as the first frame of vace_video."
-            )
-        if inputs.end_image is not None and "mask" not in parts.planes:
-            raise UnusedInputError(
-                "end_image was given, but the loaded model has no plane that says which frames are given; "
-                f"{END_TAKERS}."
-            )
-        if inputs.end_image is None and parts.has_image_positions:
+            return tuple(parts.facts.planes) == ("image",)
+        if inputs.end_image is None and parts.facts.has_image_positions:
             raise ArgumentError(
                 "This model draws what lies between two pictures, and end_image is missing; give end_image=, "
                 "or load an I2V model."
             )
-        if parts.vae is None:
-            raise MissingModelError(f"input_image needs the VAE; load it ({parts.vae_file}).")
         return True
 
     def needs_encoder(self, inputs: ImageInputs, parts: Components) -> bool:
@@ -230,7 +232,7 @@ class ImageConditioner:
         for name in ("input_image", "end_image"):
             if (picture := getattr(inputs, name)) is not None:
                 check_picture(picture, name)
-        if inputs.input_image is not None and parts.holds_first_frame and geometry.num_frames == 1:
+        if inputs.input_image is not None and parts.facts.holds_first_frame and geometry.num_frames == 1:
             raise ArgumentError(
                 "num_frames is 1 and input_image is the first frame: nothing is left to make; give 5 or more."
             )
@@ -243,10 +245,10 @@ class ImageConditioner:
         shape = (geometry.num_videos, *geometry.latent_shape[1:])
         if inputs.input_image is None:
             return Contribution(planes={"image": (torch.zeros(shape, device=parts.device), None)})
-        if "image" not in parts.planes:
+        if "image" not in parts.facts.planes:
             return Contribution(latents=LatentPlan(pinned=self._first_latent(inputs, geometry, parts)))
         video = fitted(inputs.input_image, inputs, geometry)
-        if "mask" not in parts.planes:
+        if "mask" not in parts.facts.planes:
             plane = torch.zeros((1, *shape[1:]), device=parts.device)
             plane[:, :, :1] = self._encode(video, inputs, parts)
             return Contribution(planes={"image": (plane.expand(shape), None)})
@@ -263,7 +265,7 @@ class ImageConditioner:
                 "mask": (mask.expand(geometry.num_videos, -1, -1, -1, -1), None),
                 "image": (plane.expand(shape), None),
             },
-            latents=LatentPlan(pinned=first) if parts.holds_first_frame else None,
+            latents=LatentPlan(pinned=first) if parts.facts.holds_first_frame else None,
         )
 
     def _first_latent(self, inputs: ImageInputs, geometry: Geometry, parts: Components) -> Tensor:
@@ -296,18 +298,19 @@ class ImageTokensConditioner:
     Inputs: ClassVar[type] = ImageInputs
     encoder: ClassVar[str | None] = "image_encoder"
 
-    def reads(self, parts: Components) -> bool:
-        return parts.has_image_branch
+    def reads(self, facts: DiTFacts) -> frozenset[str]:
+        if not facts.has_image_branch:
+            return frozenset()
+        # a picture that is no frame of the video is a reference
+        own = {"input_image", "resize", "max_area"} if "image" in facts.planes else set()
+        own |= {"end_image"} if facts.has_image_positions else set()
+        return frozenset(own | {"reference_image"} if "reference" in facts.adapters else own)
+
+    def needs(self, facts: DiTFacts) -> frozenset[str]:
+        return frozenset()
 
     def applies(self, inputs: ImageInputs, parts: Components) -> bool:
-        if not self.reads(parts):
-            return False
-        if self.needs_encoder(inputs, parts) and parts.image_encoder is None:
-            raise MissingModelError(
-                "This model looks at its pictures through the CLIP image encoder, and none is loaded; load "
-                "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth."
-            )
-        return True
+        return parts.facts.has_image_branch
 
     def needs_encoder(self, inputs: ImageInputs, parts: Components) -> bool:
         return inputs.input_image is not None or inputs.reference_image is not None
@@ -319,11 +322,11 @@ class ImageTokensConditioner:
         first = inputs.input_image if inputs.reference_image is None else inputs.reference_image
         if first is None:
             count = IMAGE_TOKENS if encoder is None else encoder.num_tokens
-            zeros = torch.zeros(geometry.num_videos, count, parts.image_dim or 0, device=parts.device)
+            zeros = torch.zeros(geometry.num_videos, count, parts.facts.image_dim or 0, device=parts.device)
             return Contribution(image=(zeros, None))
         assert encoder is not None
         images = [first]
-        if inputs.end_image is not None and parts.has_image_positions:
+        if inputs.end_image is not None and parts.facts.has_image_positions:
             images.append(inputs.end_image)
         with torch.no_grad():
             features = encoder([_seen(image, inputs, geometry)[:, :, 0] for image in images])
@@ -346,14 +349,12 @@ def _seen(image: Frame, inputs: ImageInputs, geometry: Geometry) -> Tensor:
 def _check_absent(inputs: ImageInputs, parts: Components) -> None:
     """No first frame was given: is that allowed?"""
     if inputs.end_image is not None:
-        if "mask" not in parts.planes:
-            raise UnusedInputError(f"end_image was given, but the loaded model reads none; {END_TAKERS}.")
         raise ArgumentError("end_image was given without input_image; give both.")
     if inputs.max_area is not None:
         raise ArgumentError(
             "max_area= was given without input_image=, whose proportions it takes; give height= and width=."
         )
-    if set(parts.planes) == {"mask", "image"}:
+    if set(parts.facts.planes) == {"mask", "image"}:
         raise ArgumentError(
             "This model continues a picture and input_image is missing; give input_image=, or load a "
             "text-to-video model."

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from diffsynth.conditioning.argument import SOURCE, argument
+from diffsynth.conditioning.argument import SOURCE, argument, names_read
 from diffsynth.conditioning.clips import about, check_picture
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution
+from diffsynth.conditioning.facts import DiTFacts
 from diffsynth.conditioning.image import ADVICE
-from diffsynth.errors import MissingModelError, UnusedInputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ class ReferenceInputs:
     # PIL, uint8 (H, W, 3), or floats in [0, 1] (3, H, W)
     reference_image: Frame | None = argument(
         None, help="What the video shows, of a Fun V1.1 Control model.", kind="picture", scope="clip",
-        group=SOURCE, own_size=True,
+        group=SOURCE, own_size=True, unread="no loaded model reads it: it needs a Fun V1.1 Control model",
     )  # fmt: skip
     resize: Resize = "cover"  # as of input_image
 
@@ -46,19 +46,14 @@ class ReferenceConditioner:
     Inputs: ClassVar[type] = ReferenceInputs
     encoder: ClassVar[str | None] = "vae"
 
-    def reads(self, parts: Components) -> bool:
-        return "reference" in parts.adapters
+    def reads(self, facts: DiTFacts) -> frozenset[str]:
+        return frozenset(names_read([ReferenceInputs])) if "reference" in facts.adapters else frozenset()
+
+    def needs(self, facts: DiTFacts) -> frozenset[str]:
+        return frozenset()
 
     def applies(self, inputs: ReferenceInputs, parts: Components) -> bool:
-        if inputs.reference_image is None:
-            return False
-        if not self.reads(parts):
-            raise UnusedInputError(
-                "reference_image was given, but no loaded model reads it: it needs a Fun V1.1 Control model."
-            )
-        if parts.vae is None:
-            raise MissingModelError(f"reference_image needs the VAE; load it ({parts.vae_file}).")
-        return True
+        return inputs.reference_image is not None
 
     def needs_encoder(self, inputs: ReferenceInputs, parts: Components) -> bool:
         return True

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 from diffsynth.conditioning.argument import SOURCE, argument
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution
-from diffsynth.errors import ArgumentError, UnusedInputError
+from diffsynth.conditioning.facts import DiTFacts
+from diffsynth.errors import ArgumentError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +35,7 @@ class SpeedInputs:
     motion_bucket_id: float | None = argument(
         None, help="Of the speed-control model: 0 (slow) to 100 (fast).", kind="number", scope="clip",
         unit="0 (slow) to 100 (fast)", group=SOURCE,
+        unread="no loaded model reads it: it needs the speed-control model",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -52,17 +54,16 @@ class SpeedConditioner:
     Inputs: ClassVar[type] = SpeedInputs
     encoder: ClassVar[str | None] = None
 
-    def reads(self, parts: Components) -> bool:
-        return "speed" in parts.adapters
+    def reads(self, facts: DiTFacts) -> frozenset[str]:
+        return frozenset({"motion_bucket_id"}) if "speed" in facts.adapters else frozenset()
+
+    def needs(self, facts: DiTFacts) -> frozenset[str]:
+        return frozenset()
 
     def applies(self, inputs: SpeedInputs, parts: Components) -> bool:
         given = inputs.motion_bucket_id
         if given is None:
             return False
-        if "speed" not in parts.adapters:
-            raise UnusedInputError(
-                "motion_bucket_id was given, but no loaded model reads it: it needs the speed-control model."
-            )
         if not SLOWEST <= given <= FASTEST:
             logger.warning(
                 "motion_bucket_id is %s; the speed-control model was made for %d to %d.",

@@ -11,9 +11,10 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from diffsynth.conditioning.argument import VIDEO, argument
+from diffsynth.conditioning.argument import VIDEO, argument, names_read
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution
+from diffsynth.conditioning.facts import DiTFacts
 from diffsynth.errors import ArgumentError, MissingModelError, MissingPackageError, UnusedInputError
 
 if TYPE_CHECKING:
@@ -103,8 +104,11 @@ class TextConditioner:
     Inputs: ClassVar[type] = TextInputs
     encoder: ClassVar[str | None] = "text_encoder"
 
-    def reads(self, parts: Components) -> bool:
-        return True
+    def reads(self, facts: DiTFacts) -> frozenset[str]:
+        return frozenset(names_read([TextInputs]))
+
+    def needs(self, facts: DiTFacts) -> frozenset[str]:
+        return frozenset({"prompt"})
 
     def applies(self, inputs: TextInputs, parts: Components) -> bool:
         _check_one_source("prompt", inputs.prompt, inputs.prompt_embeds)

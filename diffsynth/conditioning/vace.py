@@ -17,7 +17,8 @@ from diffsynth.conditioning.argument import SOURCE, argument
 from diffsynth.conditioning.clips import Fit, about, check_length, check_picture, clip_to_tensor
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution, LatentPlan
-from diffsynth.errors import ArgumentError, MissingModelError, UnusedInputError
+from diffsynth.conditioning.facts import DiTFacts
+from diffsynth.errors import ArgumentError, UnusedInputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("diffsynth")
 
 MODELS = "Wan2.1-VACE-1.3B, Wan2.1-VACE-14B, or a VACE module beside a text-to-video DiT"
+UNREAD = f"no loaded model reads it; it needs {MODELS}"
 USUAL_SCALE, MAX_SCALE = 2.0, 10.0  # of the range that is documented; beyond it pictures break
 
 
@@ -58,15 +60,15 @@ class VaceInputs:
     vace_video: Frames | None = argument(
         None,
         help="What is known, of a VACE model, grey where something shall be made: a video, or a folder.",
-        kind="video", scope="clip", group=SOURCE, official=("src_video",),
+        kind="video", scope="clip", group=SOURCE, official=("src_video",), unread=UNREAD,
     )  # fmt: skip
     vace_video_mask: Frames | None = argument(
         None, help="Of `vace_video`: white is made anew, black is kept; a video, or a folder of pictures.",
-        kind="video", scope="clip", group=SOURCE, official=("src_mask",),
+        kind="video", scope="clip", group=SOURCE, official=("src_mask",), unread=UNREAD,
     )  # fmt: skip
     vace_reference_image: Frame | Sequence[Frame] | None = argument(
         None, help="What or who shall appear, of a VACE model; several times for several pictures.",
-        kind="pictures", scope="clip", group=SOURCE, official=("src_ref_images",),
+        kind="pictures", scope="clip", group=SOURCE, official=("src_ref_images",), unread=UNREAD,
     )  # fmt: skip
     vace_scale: float | Sequence[float] = argument(  # or one number per step
         1.0, help="How strongly the VACE inputs count: 0 to 2; 1 is usual.", kind="numbers", scope="clip",
@@ -110,8 +112,13 @@ class VaceConditioner:
     Inputs: ClassVar[type] = VaceInputs
     encoder: ClassVar[str | None] = "vae"
 
-    def reads(self, parts: Components) -> bool:
-        return "vace" in parts.adapters
+    def reads(self, facts: DiTFacts) -> frozenset[str]:
+        own = ("vace_video", "vace_video_mask", "vace_reference_image", "vace_scale")
+        shared = ("fit", "tile_size", "tile_stride")
+        return frozenset((*own, *shared) if "vace" in facts.adapters else ())
+
+    def needs(self, facts: DiTFacts) -> frozenset[str]:
+        return frozenset()
 
     def applies(self, inputs: VaceInputs, parts: Components) -> bool:
         scales = _scales(inputs)
@@ -122,10 +129,6 @@ class VaceConditioner:
                     "vace_reference_image=, or leave vace_scale out."
                 )
             return False
-        if not self.reads(parts):
-            raise UnusedInputError(
-                f"{inputs.given[0]} was given, but no loaded model reads it; it needs {MODELS}."
-            )
         if inputs.vace_video is None and inputs.vace_video_mask is not None:
             raise ArgumentError(
                 "vace_video_mask was given without vace_video; give the video that it is a mask of (grey "
@@ -139,8 +142,6 @@ class VaceConditioner:
                 "latents, where input_video has nothing to start from. Give vace_video= in place of "
                 "input_video=, or leave the references out."
             )
-        if parts.vae is None:
-            raise MissingModelError(f"{inputs.given[0]} needs the VAE; load it ({parts.vae_file}).")
         if len(scales) > 1:
             _step_times(inputs, scales)
         if max(scales) > USUAL_SCALE:

@@ -6,11 +6,12 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from diffsynth.conditioning.argument import SOURCE, argument
+from diffsynth.conditioning.argument import SOURCE, argument, names_read
 from diffsynth.conditioning.clips import Fit, check_length, clip_to_tensor
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution, LatentPlan
-from diffsynth.errors import ArgumentError, MissingModelError
+from diffsynth.conditioning.facts import DiTFacts
+from diffsynth.errors import ArgumentError
 
 if TYPE_CHECKING:
     from diffsynth.video.pixels import Frames
@@ -44,8 +45,11 @@ class VideoConditioner:
     Inputs: ClassVar[type] = VideoInputs
     encoder: ClassVar[str | None] = "vae"
 
-    def reads(self, parts: Components) -> bool:
-        return True
+    def reads(self, facts: DiTFacts) -> frozenset[str]:
+        return frozenset(names_read([VideoInputs]))
+
+    def needs(self, facts: DiTFacts) -> frozenset[str]:
+        return frozenset()
 
     def applies(self, inputs: VideoInputs, parts: Components) -> bool:
         if inputs.input_video is None:
@@ -59,8 +63,6 @@ class VideoConditioner:
             logger.warning(
                 "denoising_strength is 1: nothing of input_video is kept; 0.7 keeps its layout, 0.3 its look."
             )
-        if parts.vae is None:
-            raise MissingModelError(f"input_video needs the VAE; load it ({parts.vae_file}).")
         return True
 
     def needs_encoder(self, inputs: VideoInputs, parts: Components) -> bool:

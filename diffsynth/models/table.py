@@ -7,19 +7,16 @@ of that file.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-from diffsynth.conditioning.conditioner import read_inputs
+from diffsynth.conditioning.argument import MEDIA, SOURCE, declared_in
+from diffsynth.conditioning.conditioner import Conditioner
+from diffsynth.conditioning.facts import DiTFacts
 from diffsynth.conditioning.registry import CONDITIONERS
-from diffsynth.conditioning.text import TextInputs
-from diffsynth.errors import ArgumentError, DiffSynthError, UnusedInputError
-from diffsynth.models.registry import ARCHITECTURES
-from diffsynth.models.toy import DIT, KINDS
-from diffsynth.models.wan.dit_config import holds_first_frame, plane_channels
+from diffsynth.errors import ArgumentError
+from diffsynth.models.kinds import facts_of_kind
 
 BEGIN = "<!-- tables of models: python -m diffsynth.models.table --write README.md -->"
 END = "<!-- end of the tables of models -->"
@@ -32,7 +29,7 @@ class ModelRow:
     """Released models that read the same inputs."""
 
     title: str
-    kind: str  # of their toy, see `diffsynth.models.toy.KINDS`
+    kind: str  # see `diffsynth.models.kinds.KINDS`
     checkpoints: tuple[tuple[str, ...], ...]  # the files of each, by the short names of their headers
     widths: tuple[int, ...] = (SMALL, LARGE)  # of its DiTs
     num_experts: int = 1
@@ -134,87 +131,42 @@ ADAPTERS: tuple[AdapterRow, ...] = (
     AdapterRow(title="VACE module", width=LARGE, kinds=("t2v",)),
 )
 
-_SOME: Any = object()  # a picture; whether it is read does not depend on what it shows
-# input -> the arguments with which it is given: some mean nothing alone
-INPUTS: dict[str, Mapping[str, object]] = {
-    "input_image": {"input_image": _SOME},
-    "end_image": {"input_image": _SOME, "end_image": _SOME},
-    "control_video": {"control_video": [_SOME]},
-    "reference_image": {"reference_image": _SOME},
-    "camera_control_direction": {"camera_control_direction": "Left"},
-    "vace_video": {"vace_video": [_SOME]},
-    "vace_video_mask": {"vace_video": [_SOME], "vace_video_mask": [_SOME]},
-    "vace_reference_image": {"vace_reference_image": [_SOME]},
-    "motion_bucket_id": {"motion_bucket_id": 50},
-    "input_video": {"input_video": [_SOME], "denoising_strength": 0.5},
-}
-# A video to start from and references in front of the latents exclude each other.
-ALONE = "input_video"
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Facts:
-    """What conditioners ask of loaded networks, told without any; every encoder counts as loaded."""
-
-    planes: Mapping[str, int]
-    image_dim: int | None
-    has_image_positions: bool
-    adapters: frozenset[str]
-    holds_first_frame: bool = False
-    vae_file: str = ""
-    device: Any = None
-    known_words: frozenset[str] = frozenset()
-    text_encoder: Any = _SOME
-    tokenizer: Any = _SOME
-    image_encoder: Any = _SOME
-    vae: Any = _SOME
-
-    @property
-    def has_image_branch(self) -> bool:
-        """Whether the DiT reads tokens of an image encoder."""
-        return self.image_dim is not None
-
-    @classmethod
-    def of(cls, dit: Mapping[str, Any], adapters: Iterable[str]) -> Facts:
-        """Tell them of a DiT's sizes and of its adapters' names in the registry."""
-        return cls(
-            planes=plane_channels(dit["in_dim"], dit["out_dim"]),
-            image_dim=dit.get("image_dim"),
-            has_image_positions=dit.get("image_tokens_pos") is not None,
-            adapters=frozenset(_door_name(name) for name in adapters),
-            holds_first_frame=holds_first_frame(dit["out_dim"]),
-        )
-
-    @classmethod
-    def of_kind(cls, kind: str) -> Facts:
-        """Tell them of a toy, see `diffsynth.models.toy.KINDS`."""
-        sizes, adapters = KINDS[kind]
-        return cls.of({**DIT, **sizes}, adapters)
-
-
-def inputs_read(facts: Facts) -> tuple[str, ...]:
-    """Names of the inputs that a model reads."""
-    return tuple(
+def main_inputs() -> list[str]:
+    """Names of what a model may be shown or told beside words: what has no default and is no setting."""
+    kinds = dict.fromkeys(conditioner.Inputs for conditioner in CONDITIONERS.values())
+    return [
         name
-        for name, given in INPUTS.items()
-        if not any(isinstance(error, UnusedInputError) for error in _refusals(given, facts))
-    )
+        for name, each in declared_in(list(kinds)).items()
+        if each.group == SOURCE and each.default is None and (each.scope == "clip" or each.kind in MEDIA)
+    ]
 
 
-def inputs_needed(facts: Facts) -> tuple[str, ...]:
+def inputs_read(facts: DiTFacts) -> tuple[str, ...]:
+    """Names of the inputs that a model reads; last those that every model does."""
+    read = _names(facts, lambda conditioner: conditioner.reads)
+    usual = _names(DiTFacts(), lambda conditioner: conditioner.reads)
+    return (*(name for name in read if name not in usual), *(name for name in read if name in usual))
+
+
+def inputs_needed(facts: DiTFacts) -> tuple[str, ...]:
     """Names of the inputs without which a model does not run."""
-    read = [name for name in inputs_read(facts) if name != ALONE]
-    return tuple(name for name in read if list(_refusals(_all_but(name, read), facts)))
+    return tuple(_names(facts, lambda conditioner: conditioner.needs))
+
+
+def _names(facts: DiTFacts, ask: Callable[[Conditioner], Callable[[DiTFacts], frozenset[str]]]) -> list[str]:
+    told = {name for conditioner in CONDITIONERS.values() for name in ask(conditioner)(facts)}
+    return [name for name in main_inputs() if name in told]
 
 
 def tables() -> str:
     """Both tables, as Markdown."""
     lines = ["| model | needs | may also be given |", "|---|---|---|"]
     for row in MODELS:
-        facts = Facts.of_kind(row.kind)
+        facts = facts_of_kind(row.kind)
         needed = inputs_needed(facts)
         more = [name for name in inputs_read(facts) if name not in needed]
-        lines.append(f"| {row.title} | {_names(needed)} | {_names(more)} |")
+        lines.append(f"| {row.title} | {_listed(needed)} | {_listed(more)} |")
     titles = [adapter.title for adapter in ADAPTERS]
     lines += ["", f"| model | {' | '.join(titles)} | fp8 weights |", f"|---{'|---' * (len(titles) + 1)}|"]
     for row in MODELS:
@@ -239,35 +191,6 @@ def with_tables(text: str) -> str:
     return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
 
 
-def _refusals(given: Mapping[str, object], facts: Facts) -> Iterator[DiffSynthError]:
-    """What each conditioner has against these arguments."""
-    parts: Any = facts
-    for conditioner in CONDITIONERS.values():
-        if conditioner.Inputs is TextInputs:
-            continue
-        try:
-            conditioner.applies(read_inputs(conditioner.Inputs, given), parts)
-        except DiffSynthError as error:
-            yield error
-
-
-def _all_but(missing: str, names: Iterable[str]) -> dict[str, object]:
-    """Arguments of these inputs without one, and without those that mean nothing without it."""
-    given: dict[str, object] = {}
-    for name in names:
-        if missing not in INPUTS[name]:
-            given.update(INPUTS[name])
-    return given
-
-
-def _door_name(network: str) -> str:
-    """Name of an adapter in `Conditions`, by its name in the registry."""
-    module, _, class_name = next(
-        row.module for row in ARCHITECTURES if row.name == network and row.module is not None
-    ).partition(":")
-    return str(getattr(import_module(module), class_name).name)
-
-
 def _fits(adapter: AdapterRow, row: ModelRow) -> str:
     """Which of a row's models an adapter serves: all, those of one size, or none."""
     if adapter.width is None:
@@ -276,7 +199,7 @@ def _fits(adapter: AdapterRow, row: ModelRow) -> str:
     return "–" if is_other or adapter.width not in row.widths else SIZES[adapter.width]
 
 
-def _names(names: Iterable[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names) or "–"
 
 

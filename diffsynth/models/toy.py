@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,16 +17,11 @@ import torch
 from torch import nn
 
 from diffsynth.errors import ArgumentError
+from diffsynth.models.kinds import DIT, KINDS, Sizes
 from diffsynth.models.registry import ARCHITECTURES
 from diffsynth.models.wan.dit_config import VAE22_CHANNELS
 from diffsynth.tiny import tiny_folder
 
-Sizes = Mapping[str, object]
-
-DIT: dict[str, object] = {
-    "dim": 48, "in_dim": 16, "out_dim": 16, "ffn_dim": 64, "num_layers": 2, "num_heads": 2, "freq_dim": 32,
-    "text_dim": 32, "text_len": 64,
-}  # fmt: skip
 TEXT_ENCODER: dict[str, object] = {
     "vocab_size": 640, "dim": 32, "dim_attn": 32, "dim_ffn": 48, "num_heads": 4, "num_layers": 1,
 }  # fmt: skip
@@ -38,68 +32,6 @@ GENERATION = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps":
 VAE: dict[str, object] = {"dim": 8}
 VAE22: dict[str, object] = {"dim": 8, "dec_dim": 8}
 VAE22_GENERATION = {**GENERATION, "width": 64}  # its pictures are multiples of 32
-REFERENCE_ADAPTER: Sizes = {"dim": 48, "in_dim": 16, "kernel_size": (2, 2)}
-CAMERA_ADAPTER: Sizes = {
-    "dim": 48, "in_dim": 24, "downscale": 8, "kernel_size": (2, 2), "num_residual_blocks": 1,
-}  # fmt: skip
-# kind: sizes of the DiT that differ, and the adapters of its file by their name in the registry
-KINDS: dict[str, tuple[Sizes, Mapping[str, Sizes]]] = {
-    "t2v": ({}, {}),
-    "i2v": ({"in_dim": 36, "image_dim": 32}, {}),  # Fun InP too
-    "i2v-a14b": ({"in_dim": 36}, {}),
-    "flf2v": ({"in_dim": 36, "image_dim": 32, "image_tokens_pos": 10}, {}),
-    "control": ({"in_dim": 48, "image_dim": 32}, {}),
-    "reference": (
-        {"in_dim": 48, "image_dim": 32},
-        {"wan_video_reference_adapter": REFERENCE_ADAPTER},
-    ),
-    "camera": (
-        {"in_dim": 32, "image_dim": 32},
-        {"wan_video_camera_adapter": CAMERA_ADAPTER},
-    ),
-    "vace": (
-        {},
-        {
-            "wan_video_vace": {
-                "dim": 48,
-                "ffn_dim": 64,
-                "num_heads": 2,
-                "num_vace_blocks": 2,
-                "vace_layers": (0, 1),
-            }
-        },
-    ),
-    "speed": ({}, {"wan_video_motion_controller": {"dim": 48, "freq_dim": 32}}),
-    # of Wan2.2, which has no image encoder
-    "control-a14b": (
-        {"in_dim": 52},
-        {"wan_video_reference_adapter": REFERENCE_ADAPTER},
-    ),
-    "camera-a14b": (
-        {"in_dim": 36},
-        {"wan_video_camera_adapter": CAMERA_ADAPTER},
-    ),
-    # with the Wan2.2 VAE
-    "ti2v": ({"in_dim": VAE22_CHANNELS, "out_dim": VAE22_CHANNELS}, {}),
-    "i2v-5b": ({"in_dim": 2 * VAE22_CHANNELS + 4, "out_dim": VAE22_CHANNELS}, {}),
-    "control-5b": (
-        {"in_dim": 3 * VAE22_CHANNELS + 4, "out_dim": VAE22_CHANNELS},
-        {"wan_video_reference_adapter": {"dim": 48, "in_dim": VAE22_CHANNELS, "kernel_size": (2, 2)}},
-    ),
-    "camera-5b": (
-        {"in_dim": 2 * VAE22_CHANNELS + 4, "out_dim": VAE22_CHANNELS},
-        {
-            "wan_video_camera_adapter": {
-                "dim": 48,
-                "in_dim": 24,
-                "downscale": 16,
-                "kernel_size": (2, 2),
-                "num_residual_blocks": 1,
-            }
-        },
-    ),
-}
-
 _folders: list[TemporaryDirectory[str]] = []  # removed when the program ends
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from diffsynth.checkpoints.hints import Role, is_of_no_pair, tells_few_steps
+from diffsynth.conditioning.facts import DiTFacts
 from diffsynth.conditioning.tokenizer import Tokenizer, find_tokenizer
 from diffsynth.denoising.expert import Expert
 from diffsynth.errors import AmbiguousModelError, ConfigurationError, TokenizerNotFoundError
 from diffsynth.models.loras import LoRAs
 from diffsynth.models.model_manager import LoadedModel, ModelManager
 from diffsynth.models.wan.dit import WanDiT
-from diffsynth.models.wan.dit_config import VAE22_CHANNELS
+from diffsynth.models.wan.facts import facts_of
 from diffsynth.models.wan.image_encoder import WanImageEncoder
 from diffsynth.models.wan.text_encoder import WanTextEncoder
 from diffsynth.models.wan.vae_coding import CausalVAE
@@ -35,7 +36,6 @@ ENCODERS = {
 }  # name in the manager -> part of the pipeline
 # Wan2.2 wan/configs for text and for pictures; VideoX-Fun gives 0.875 to Fun Control
 BOUNDARY_T2V, BOUNDARY_OF_PICTURES = 0.875, 0.900
-VAE_FILES = {False: "Wan2.1_VAE.pth", True: "Wan2.2_VAE.pth"}  # whether the DiT is made for 48 channels
 
 
 @dataclass(kw_only=True)
@@ -88,47 +88,11 @@ class PipelineComponents:
         return encoder.latents(video)
 
     @property
-    def planes(self) -> Mapping[str, int]:
-        """Channels of each plane that the DiT reads beside the noise; empty for text to video."""
-        return {} if self.high is None else self.high.dit.config.planes
-
-    @property
-    def has_image_branch(self) -> bool:
-        """Whether the DiT reads tokens of an image encoder."""
-        return self.high is not None and self.high.dit.config.image_dim is not None
-
-    @property
-    def image_dim(self) -> int | None:
-        """Width of the features that the DiT reads of an image encoder; None: it reads none."""
-        return None if self.high is None else self.high.dit.config.image_dim
-
-    @property
-    def has_image_positions(self) -> bool:
-        """Whether image tokens have learned positions: those of a first and a last frame."""
-        return self.high is not None and self.high.dit.config.image_tokens_pos is not None
-
-    @property
-    def holds_first_frame(self) -> bool:
-        """Whether a given first frame is a latent that stays clean, with a clock of its own."""
-        return self.high is not None and self.high.dit.config.holds_first_frame
-
-    @property
-    def vae_file(self) -> str:
-        """Name of the released file of the VAE that the DiT was made for."""
-        is_22 = self.high is not None and self.high.dit.config.out_dim == VAE22_CHANNELS
-        return VAE_FILES[is_22]
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of a latent: the DiT's; without one the VAE's, or those of Wan2.1."""
-        if self.high is not None:
-            return self.high.dit.config.out_dim
-        return 16 if self.vae is None else self.vae.z_dim
-
-    @property
-    def patch(self) -> tuple[int, int]:
-        """Latent rows and columns of a token."""
-        return (2, 2) if self.high is None else self.high.dit.config.patch_size[1:]
+    def facts(self) -> DiTFacts:
+        """What the DiT and the adapters beside it read; without a DiT those of text to video."""
+        if self.high is None:
+            return DiTFacts(latent_channels=16 if self.vae is None else self.vae.z_dim)
+        return facts_of(self.high.dit.config, (adapter.name for adapter in self.high.adapters))
 
     @property
     def spatial_stride(self) -> int:
@@ -136,11 +100,6 @@ class PipelineComponents:
         if self.vae is not None or self.high is None:
             return 8 if self.vae is None else self.vae.spatial_stride
         return DiTSizes.from_config(asdict(self.high.dit.config)).spatial_stride
-
-    @property
-    def adapters(self) -> frozenset[str]:
-        """Names of the adapters beside the DiT."""
-        return frozenset() if self.high is None else frozenset(a.name for a in self.high.adapters)
 
     def networks(self) -> dict[str, torch.nn.Module | None]:
         """By the names under which they visit the device."""

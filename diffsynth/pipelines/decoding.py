@@ -85,7 +85,7 @@ class VideoDecoder:
             ArgumentError: for latents that it does not decode.
         """
         if parts.vae is None:
-            raise MissingModelError(f"No VAE is loaded; load {parts.vae_file} to decode latents.")
+            raise MissingModelError(f"No VAE is loaded; load {parts.facts.vae_file} to decode latents.")
         decoder = cls(
             vae=parts.vae,
             device=parts.device,

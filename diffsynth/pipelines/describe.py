@@ -39,7 +39,7 @@ def describe(parts: PipelineComponents, precision: str, memory: MemoryPlan | Non
     lines += [f"  {line}" for line in describe_loras(parts)]
     if memory is not None:
         lines += [f"  {line}" for line in describe_memory(memory)]
-    read = sorted(name for name, conditioner in CONDITIONERS.items() if conditioner.reads(parts))
+    read = sorted(name for name, conditioner in CONDITIONERS.items() if conditioner.reads(parts.facts))
     lines.append("  inputs: " + ", ".join(read))
     if parts.generation:
         lines.append(

@@ -103,6 +103,6 @@ class EncodingSession:
             ArgumentError: for sizes that the VAE does not code.
         """
         if self._parts.vae is None:
-            raise MissingModelError(f"No VAE is loaded; load {self._parts.vae_file}.")
+            raise MissingModelError(f"No VAE is loaded; load {self._parts.facts.vae_file}.")
         levels = video.permute(3, 0, 1, 2)[None]
         return self._parts.encode_video(levels, tile_size=tile_size, tile_stride=tile_stride)

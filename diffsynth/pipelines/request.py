@@ -27,7 +27,7 @@ from diffsynth.pipelines.presets import preset_values
 from diffsynth.pipelines.rungs import Tiling
 from diffsynth.pipelines.saved_latents import check_latents_path, model_files
 from diffsynth.pipelines.saved_steps import check_steps_path
-from diffsynth.pipelines.unread import refuse_unread, why_unread
+from diffsynth.pipelines.unread import refuse_unread, refuse_unreadable, require_encoder, why_unread
 from diffsynth.pipelines.usual import usual_values_of
 from diffsynth.sampling.registry import SAMPLERS
 from diffsynth.video import picture_size
@@ -114,11 +114,13 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
     check_seed(options.seed, num_videos)
     geometry = _geometry(options, parts, num_videos)
     _check_written(options, geometry, parts)
+    refuse_unreadable(given, parts.facts)
     inputs = {}
     for name, conditioner in CONDITIONERS.items():
         own = read_inputs(conditioner.Inputs, resolved)
         if conditioner.applies(own, parts):
             inputs[name] = own
+            require_encoder(conditioner, own, parts)
             if isinstance(conditioner, SizeChecker):
                 conditioner.check(own, geometry, parts)
     readers: list[type] = [CallOptions, *(type(own) for own in inputs.values())]
@@ -153,7 +155,7 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
 def usual_values(parts: PipelineComponents) -> dict[str, object]:
     """What arguments are when nobody gives them: the checkpoint's, the official, v1's, in this order."""
     return usual_values_of(
-        parts.family, has_two_experts=parts.low is not None, is_22=parts.holds_first_frame,
+        parts.family, has_two_experts=parts.low is not None, is_22=parts.facts.holds_first_frame,
         told=parts.generation,
     )  # fmt: skip
 
@@ -231,7 +233,8 @@ def _tiling(options: CallOptions, precision: str) -> CallOptions:
 def size_multiples(parts: PipelineComponents) -> tuple[int, int]:
     """What height and width in pixels are multiples of."""
     stride = parts.spatial_stride
-    return stride * parts.patch[0], stride * parts.patch[1]
+    patch = parts.facts.patch
+    return stride * patch[0], stride * patch[1]
 
 
 def _sizes_of_picture(given: Mapping[str, object], parts: PipelineComponents) -> dict[str, object]:
@@ -242,7 +245,7 @@ def _sizes_of_picture(given: Mapping[str, object], parts: PipelineComponents) ->
         return {}
     if replaced := [name for name in ("height", "width") if given.get(name) is not None]:
         raise ArgumentError(f"max_area= replaces {' and '.join(replaced)}; give one or the other.")
-    rule = size_nearest if parts.holds_first_frame else size_within
+    rule = size_nearest if parts.facts.holds_first_frame else size_within
     height, width = rule(picture_size(image), max_area, size_multiples(parts))
     return {"height": height, "width": width}
 
@@ -260,7 +263,7 @@ def _geometry(options: CallOptions, parts: PipelineComponents, num_videos: int) 
             raise ArgumentError(f"{name} is {value}; Wan models know positions up to {most[name]}.")
     return Geometry(
         num_videos=num_videos, num_frames=num_frames, height=height, width=width,
-        latent_channels=parts.latent_channels,
+        latent_channels=parts.facts.latent_channels,
         latent_frames=(num_frames - 1) // TEMPORAL_STRIDE + 1, latent_height=height // stride,
         latent_width=width // stride,
     )  # fmt: skip

@@ -112,7 +112,7 @@ class V1Methods:
         """
         vae = self.parts.vae
         if vae is None:
-            raise MissingModelError(f"No VAE is loaded; load {self.parts.vae_file}.")
+            raise MissingModelError(f"No VAE is loaded; load {self.parts.facts.vae_file}.")
         if isinstance(input_video, Tensor):
             pixels = input_video
         else:

@@ -345,7 +345,7 @@ class WanVideoPipeline(NetworkAttributes, LoRAMethods, ExpertMethods, V1Methods)
             )
         if self.parts.vae is None and request.options.output_type != "latent":
             raise MissingModelError(
-                f"No VAE is loaded; load {self.parts.vae_file}, or ask for output_type='latent'."
+                f"No VAE is loaded; load {self.parts.facts.vae_file}, or ask for output_type='latent'."
             )
         require_experts(self.parts, request.options)
         sampler = prepared_sampler(request)

@@ -165,13 +165,15 @@ def _listed(
 
 def _check_parts(parts: PipelineComponents) -> None:
     if parts.vae is None:
-        raise MissingModelError(f"Clips are encoded by the VAE, and none is loaded; load {parts.vae_file}.")
+        raise MissingModelError(
+            f"Clips are encoded by the VAE, and none is loaded; load {parts.facts.vae_file}."
+        )
     if parts.text_encoder is None or parts.tokenizer is None:
         raise MissingModelError(
             "Captions are encoded by the text encoder, and none is loaded; load "
             "models_t5_umt5-xxl-enc-bf16.pth."
         )
-    if parts.has_image_branch and parts.image_encoder is None:
+    if parts.facts.has_image_branch and parts.image_encoder is None:
         raise MissingModelError(
             "This DiT looks at pictures through the CLIP image encoder, and none is loaded; load "
             "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth."
@@ -266,7 +268,7 @@ def _missing(jobs: Sequence[Job]) -> list[Job]:
 def _check_room(jobs: Sequence[Job], parts: PipelineComponents, config: CacheConfig) -> None:
     """Stop before the work when not even the latents find room."""
     assert parts.vae is not None
-    stride, channels = parts.spatial_stride, parts.vae.z_dim + sum(parts.planes.values())
+    stride, channels = parts.spatial_stride, parts.vae.z_dim + sum(parts.facts.planes.values())
     size = torch.finfo(getattr(torch, config.dtype)).bits // 8
     needs: dict[Path, int] = {}
     for job in jobs:

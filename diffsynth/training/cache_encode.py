@@ -145,8 +145,8 @@ def _sample(
 def _with_pictures(pixels: ClipPixels, parts: PipelineComponents) -> dict[str, object]:
     """A model that continues a picture learns from the clip's first frame, and last, if none is given."""
     inputs = dict(pixels.inputs)
-    if {"mask", "image"} == set(parts.planes) and inputs.get("input_image") is None:
+    if {"mask", "image"} == set(parts.facts.planes) and inputs.get("input_image") is None:
         inputs["input_image"] = pixels.video[0].numpy()
-        if parts.has_image_positions and inputs.get("end_image") is None:
+        if parts.facts.has_image_positions and inputs.get("end_image") is None:
             inputs["end_image"] = pixels.video[-1].numpy()
     return inputs

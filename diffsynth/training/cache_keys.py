@@ -13,8 +13,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from diffsynth.conditioning.facts import DiTFacts
 from diffsynth.conditioning.text import clean_prompt
 from diffsynth.conditioning.text_cache import fingerprint
 from diffsynth.training.cache_hashes import FileHashes, short_hash
@@ -47,22 +48,6 @@ SETTINGS = {
 OF_CLIP = ("file", "inputs", "caption", "transform")
 
 
-class ReadsConditions(Protocol):
-    """What decides which conditions a sample holds: parts of a pipeline, or the facts of a DiT."""
-
-    @property
-    def planes(self) -> Mapping[str, int]: ...
-
-    @property
-    def image_dim(self) -> int | None: ...
-
-    @property
-    def has_image_positions(self) -> bool: ...
-
-    @property
-    def holds_first_frame(self) -> bool: ...
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Maker:
     """What all samples of a run have in common, as far as the run can tell: see `Maker.facts_of`."""
@@ -77,10 +62,10 @@ class Maker:
         encoders = {
             "vae": encoder_identity(parts.vae),
             "text_encoder": encoder_identity(parts.text_encoder),
-            "image_encoder": encoder_identity(parts.image_encoder) if parts.has_image_branch else "",
+            "image_encoder": encoder_identity(parts.image_encoder) if parts.facts.has_image_branch else "",
         }
         return cls(
-            facts={**encoders, **facts_of_settings(parts, config)}, tokenizer=parts.tokenizer,
+            facts={**encoders, **facts_of_settings(parts.facts, config)}, tokenizer=parts.tokenizer,
             about=told_encoders(parts),
         )  # fmt: skip
 
@@ -106,7 +91,7 @@ def told_encoders(parts: PipelineComponents) -> str:
     return f"{', '.join(files)} in {str(parts.dtype).removeprefix('torch.')}" if files else ""
 
 
-def facts_of_settings(dit: ReadsConditions, config: CacheConfig) -> dict[str, str]:
+def facts_of_settings(dit: DiTFacts, config: CacheConfig) -> dict[str, str]:
     """Those of `COMMON` that follow from settings and the DiT, whoever encodes."""
     told = {
         "planes": dict(dit.planes),

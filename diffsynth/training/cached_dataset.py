@@ -14,9 +14,9 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
+from diffsynth.conditioning.facts import DiTFacts
 from diffsynth.errors import ArgumentError, MediaReadError
 from diffsynth.training.batches import Pick
-from diffsynth.training.cache_facts import DiTFacts
 from diffsynth.training.cache_hashes import FileHashes
 from diffsynth.training.cache_keys import SUFFIX, Maker, common_facts, differing, folder_of
 from diffsynth.training.cache_lookup import CacheLookup

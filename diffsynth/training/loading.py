@@ -18,6 +18,7 @@ from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.detect import detect
 from diffsynth.checkpoints.files import group_files
 from diffsynth.checkpoints.hints import Role
+from diffsynth.conditioning.facts import DiTFacts
 from diffsynth.conditioning.text_cache import fingerprint
 from diffsynth.denoising.expert import Expert
 from diffsynth.errors import (
@@ -29,12 +30,12 @@ from diffsynth.errors import (
 from diffsynth.lora.formats import open_loras
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.models.registry import ARCHITECTURES
-from diffsynth.models.wan.dit import WanDiT
 from diffsynth.models.wan.dit_config import VAE22_CHANNELS
+from diffsynth.models.wan.facts import facts_in
 from diffsynth.ops.devices import known_device
 from diffsynth.pipelines.components import ENCODERS, PipelineComponents, collect
 from diffsynth.pipelines.wan_video import WanVideoPipeline
-from diffsynth.training.cache_facts import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, TI2V_5B, DiTFacts, assuming
+from diffsynth.training.cache_facts import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, TI2V_5B, assuming
 from diffsynth.training.cache_keys import Maker, encoder_identity, facts_of_settings, told_encoders
 from diffsynth.training.cached_dataset import CachedDataset
 from diffsynth.training.checkpoints import State
@@ -92,18 +93,12 @@ def facts_of(sources: ModelSources) -> DiTFacts:
     matches = detect(Checkpoint.open(list(sources.dit)), ARCHITECTURES)
     for path in sources.adapters:
         matches += detect(Checkpoint.open(path), ARCHITECTURES)
-    config, names = None, set()
     for match in matches:
-        match.require_config()
-        kind = load_class(match)
-        if match.name == "wan_video_dit":
-            with torch.device("meta"):
-                config = WanDiT.from_config(match.config).config
-        elif hasattr(kind, "name"):
-            names.add(str(kind.name))
-    if config is None:
+        load_class(match)  # raises for a network that is not built yet
+    facts = facts_in(matches)
+    if facts is None:
         raise MissingModelError(f"{', '.join(sources.dit)} holds no DiT; model.dit names the file of one.")
-    return DiTFacts.of(config, names)
+    return facts
 
 
 def _is_vae22(path: str | None) -> bool:
@@ -228,7 +223,7 @@ def load_networks(config: TrainConfig, objective: FlowMatchObjective, *, outline
         _tell_of_role(learners[0], config)
     return Loaded(
         parts=parts, learners=learners, identity=identity,
-        facts=DiTFacts.of(parts.high.dit.config, parts.adapters), metadata=dits[0].match.checkpoint.metadata,
+        facts=parts.facts, metadata=dits[0].match.checkpoint.metadata,
     )  # fmt: skip
 
 

@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from diffsynth.models.kinds import facts_of_kind
 from diffsynth.models.model_manager import ModelManager
-from diffsynth.models.table import ALONE, Facts, inputs_read
+from diffsynth.models.table import inputs_read
 from diffsynth.models.toy import KINDS, toy_files
 from diffsynth.ops.fp8 import FP8
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from tests.fake_cuda import controls
 from tests.fake_cuda.gpus import on_gpu
-from tests.model_inputs import given
+from tests.model_inputs import ALONE, given
 
 WITH_VAE22 = {"ti2v", "i2v-5b", "control-5b", "camera-5b"}
 STREAMED = {"num_persistent_param_in_dit": 0}
@@ -44,7 +45,7 @@ def generate(
         pipe.enable_vram_management(**limits)
     if fp8:
         pipe.choose_kernels(fp8_compute=fp8)
-    names = [name for name in inputs_read(Facts.of_kind(kind)) if name != ALONE]
+    names = [name for name in inputs_read(facts_of_kind(kind)) if name != ALONE]
     if start == "video":
         names = [name for name in names if name != "vace_reference_image"] + [ALONE]
     batch = {"num_videos_per_prompt": videos} if videos > 1 else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffsynth.conditioning.conditioner import Geometry
 from diffsynth.conditioning.conditions import Conditions
+from diffsynth.conditioning.facts import DiTFacts
 from diffsynth.conditioning.image import ImageConditioner, ImageInputs, ImageTokensConditioner, size_within
 from diffsynth.models.wan.image_encoder import preprocess
 from tests.golden import Case, case
@@ -28,11 +29,7 @@ class Parts:
     vae: torch.nn.Module
     image_encoder: torch.nn.Module
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    planes: dict[str, int] = field(default_factory=lambda: {"mask": 4, "image": 16})
-    has_image_branch: bool = True
-    has_image_positions: bool = True
-    image_dim: int = 1280
-    holds_first_frame: bool = False
+    facts: ClassVar = DiTFacts(planes={"mask": 4, "image": 16}, has_image_positions=True, image_dim=1280)
 
     def encode_video(self, video: Tensor, **tiles: Any) -> Tensor:
         return self.vae.encode(video, **tiles)

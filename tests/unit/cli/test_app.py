@@ -50,6 +50,7 @@ main()
 
 LIGHT = [
     "--version", "--help", "generate --help", "refine --help", "decode --help", "inspect --help", "inspect",
+    "schema --json",
 ]  # fmt: skip
 
 

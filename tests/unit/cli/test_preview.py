@@ -11,6 +11,7 @@ from PIL import Image
 
 from diffsynth import VideoData, read_metadata
 from diffsynth.cli.preview import few_steps, line_for_refining, share_of, smaller
+from diffsynth.conditioning.facts import DiTFacts
 from tests.unit.cli.running import Shell
 
 
@@ -18,8 +19,8 @@ def parts(**generation: object) -> Any:
     """What `smaller` asks of a pipeline's parts, of a Wan2.1 model."""
     config = SimpleNamespace(patch_size=(1, 2, 2), out_dim=16)
     return SimpleNamespace(
-        spatial_stride=8, patch=(2, 2), high=SimpleNamespace(dit=SimpleNamespace(config=config)),
-        low=None, family="t2v", generation=generation, holds_first_frame=False,
+        spatial_stride=8, facts=DiTFacts(), high=SimpleNamespace(dit=SimpleNamespace(config=config)),
+        low=None, family="t2v", generation=generation,
     )  # fmt: skip
 
 

@@ -17,7 +17,9 @@ from diffsynth.conditioning.camera import (
     moved_poses,
 )
 from diffsynth.conditioning.conditioner import Geometry
+from diffsynth.conditioning.facts import DiTFacts
 from diffsynth.errors import ArgumentError, DiffSynthError, UnusedInputError
+from diffsynth.pipelines.unread import refuse_unreadable
 
 HEIGHT, WIDTH = 16, 24
 GEOMETRY = Geometry(
@@ -34,6 +36,10 @@ CPU = torch.device("cpu")
 class Parts:
     adapters: frozenset[str] = CAMERA
     device: torch.device = CPU
+
+    @property
+    def facts(self) -> DiTFacts:
+        return DiTFacts(adapters=self.adapters)
 
 
 def pose(x: float = 0.0, y: float = 0.0, z: float = 0.0, turn: float = 0.0) -> list[float]:
@@ -143,6 +149,7 @@ def test_wrong_paths_are_told(
     arguments: dict[str, Any], adapters: frozenset[str], kind: type[DiffSynthError], words: str
 ) -> None:
     with pytest.raises(kind, match=words):
+        refuse_unreadable(arguments, Parts(adapters).facts)
         CameraConditioner().applies(CameraInputs(**arguments), Parts(adapters))  # type: ignore[arg-type]
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.conditioning.conditioner import Geometry
+from diffsynth.conditioning.facts import DiTFacts
 from diffsynth.conditioning.image import (
     ImageConditioner,
     ImageInputs,
@@ -21,6 +22,7 @@ from diffsynth.conditioning.image import (
     size_within,
 )
 from diffsynth.errors import ArgumentError, MissingModelError, UnusedInputError
+from diffsynth.pipelines.unread import refuse_unreadable, require_encoder
 
 I2V = {"mask": 4, "image": 16}
 
@@ -38,13 +40,13 @@ class Encoder:
 @dataclass
 class Parts:
     planes: Mapping[str, int] = field(default_factory=lambda: I2V)
-    has_image_branch: bool = True
     has_image_positions: bool = False
-    image_dim: int | None = 2
     image_encoder: Any = field(default_factory=Encoder)
-    holds_first_frame: bool = False
-    vae_file: str = "Wan2.1_VAE.pth"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def facts(self) -> DiTFacts:
+        return DiTFacts(planes=self.planes, has_image_positions=self.has_image_positions, image_dim=2)
 
     @property
     def vae(self) -> Any:
@@ -219,6 +221,7 @@ def test_pictures_that_do_not_fit_the_model_are_refused(
     parts: Parts, given: dict[str, Any], kind: type[Exception], words: str
 ) -> None:
     with pytest.raises(kind, match=words):
+        refuse_unreadable(given, parts.facts)
         ImageConditioner().applies(ImageInputs(**given), parts)  # type: ignore[arg-type]
 
 
@@ -237,4 +240,4 @@ def test_an_end_without_a_beginning_in_time_is_refused() -> None:
 
 def test_a_missing_image_encoder_is_told() -> None:
     with pytest.raises(MissingModelError, match="models_clip_open-clip"):
-        ImageTokensConditioner().applies(ImageInputs(input_image=WHITE), Parts(image_encoder=None))  # type: ignore[arg-type]
+        require_encoder(ImageTokensConditioner(), ImageInputs(input_image=WHITE), Parts(image_encoder=None))  # type: ignore[arg-type]

@@ -329,4 +329,4 @@ def test_released_files_become_a_dit_and_its_adapters(
         files.append(write_sparse(tmp_path / "dit.safetensors", manifests()["wan2.1_t2v_1.3b"]))
     manager = ModelManager(torch_dtype=None, device="cpu").load_models(files)
     parts = WanVideoPipeline.from_model_manager(manager).parts
-    assert (set(parts.adapters), set(parts.planes)) == (adapters, planes)
+    assert (set(parts.facts.adapters), set(parts.facts.planes)) == (adapters, planes)

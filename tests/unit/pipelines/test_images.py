@@ -41,7 +41,7 @@ def picture(seed: int, size: tuple[int, int] = (48, 32)) -> Image.Image:
 
 
 def make(pipe: WanVideoPipeline, **given: Any) -> torch.Tensor:
-    needs_end = pipe.parts.has_image_positions
+    needs_end = pipe.parts.facts.has_image_positions
     default = {"input_image": picture(1), **({"end_image": picture(2)} if needs_end else {})}
     asked = {"prompt": "a red circle", "seed": 0, "output_type": "latent", **default, **given}
     latents = pipe(**{name: value for name, value in asked.items() if value is not None})

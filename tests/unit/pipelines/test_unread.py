@@ -101,7 +101,7 @@ def test_a_last_frame_alone_is_refused_by_what_the_model_reads(
     toy_pipe: WanVideoPipeline, pipes: dict[str, WanVideoPipeline]
 ) -> None:
     picture = Image.new("RGB", (48, 32))
-    with pytest.raises(UnusedInputError, match="end_image was given, but the loaded model reads none; FLF2V"):
+    with pytest.raises(UnusedInputError, match=r"end_image was given, .* has no plane .*; FLF2V"):
         toy_pipe("x", end_image=picture)
     with pytest.raises(ArgumentError, match="end_image was given without input_image; give both"):
         pipes["i2v"]("x", end_image=picture)

@@ -22,7 +22,7 @@ from diffsynth.models.toy import toy_files
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.training.cache import process
 from diffsynth.training.cache_config import CacheConfig
-from diffsynth.training.cache_facts import DiTFacts, assuming
+from diffsynth.training.cache_facts import assuming
 from diffsynth.training.dataset.clips import Clip, DatasetPlan
 from diffsynth.training.dataset.reading import read_clip
 from diffsynth.training.samples import EncodedSample, map_tensors
@@ -294,7 +294,7 @@ def test_encoders_alone_encode_for_a_dit_that_is_named(tmp_path: Path) -> None:
     manager = ModelManager(torch_dtype=torch.float32, device="cpu").load_models(encoders)
     parts = WanVideoPipeline.from_model_manager(manager).parts
     assert whole.parts.high is not None
-    alone = WanVideoPipeline(assuming(parts, DiTFacts.of(whole.parts.high.dit.config)))
+    alone = WanVideoPipeline(assuming(parts, whole.parts.facts))
     plan = DatasetPlan(clips=(clip(write_video(tmp_path / "a.mp4"), num_frames=FRAMES),))
     one = process(plan, alone, EXACT)
     assert process(plan, whole, EXACT).num_kept == 1  # the same key

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from diffsynth.conditioning.conditions import Conditions, LatentPlan
+from diffsynth.conditioning.facts import DiTFacts
 from diffsynth.conditioning.vace import VaceCondition
 from diffsynth.errors import ArgumentError, CorruptCheckpointError, MediaReadError, UnsafeCheckpointError
 from diffsynth.training.batches import Pick
-from diffsynth.training.cache_facts import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, DiTFacts
+from diffsynth.training.cache_facts import IMAGE_TO_VIDEO, TEXT_TO_VIDEO
 from diffsynth.training.cache_hashes import FileHashes
 from diffsynth.training.cache_keys import Maker, facts_of_clip, sample_path
 from diffsynth.training.cached_dataset import CachedDataset, open_cache

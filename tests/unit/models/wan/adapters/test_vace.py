@@ -246,7 +246,7 @@ def test_streamed_equals_resident_bit_for_bit(pipe: WanVideoPipeline, num_persis
 
 def test_module_in_a_file_of_its_own_joins_a_text_to_video_dit(tmp_path: Path) -> None:
     pipe = vace_pipeline(tmp_path, is_module_only=True)
-    assert pipe.parts.adapters == {"vace"} and pipe.parts.family == "t2v"
+    assert pipe.parts.facts.adapters == {"vace"} and pipe.parts.family == "t2v"
     plain = pipe(**{k: v for k, v in ARGUMENTS.items() if k != "vace_video"})
     made = pipe(**ARGUMENTS)
     assert torch.isfinite(made).all() and not torch.equal(made, plain)
@@ -255,7 +255,7 @@ def test_module_in_a_file_of_its_own_joins_a_text_to_video_dit(tmp_path: Path) -
 def test_speed_control_changes_what_vace_makes(tmp_path: Path) -> None:
     speed = write_toy_speed(tmp_path / "speed.safetensors")
     pipe = vace_pipeline(tmp_path, beside=[speed])
-    assert pipe.parts.adapters == {"vace", "speed"}
+    assert pipe.parts.facts.adapters == {"vace", "speed"}
     expected = [pipe(**ARGUMENTS, motion_bucket_id=number) for number in (0, 100)]
     assert not torch.equal(expected[0], expected[1])
     assert not torch.equal(expected[0], pipe(**ARGUMENTS))
