@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from diffsynth.errors import ArgumentError
 
 HERE_ANYWAY = ("cpu", "meta")
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    """What is queued inside goes to this stream, of whichever GPU.
+
+    Without its GPU as the current one, torch would open a context on the first GPU when it leaves.
+    """
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        yield
 
 
 def known_device(device: torch.device | str | int, name: str = "device") -> torch.device:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from diffsynth.errors import PinnedMemoryError
+from diffsynth.ops.devices import on_stream
 from diffsynth.vram_management.copiers import FlatSource, host_buffer
 
 SMALLEST_BYTES = 64 << 10  # smaller tensors stay where they are
@@ -121,7 +122,7 @@ class CheckpointOffload:
             return away
         compute, side = torch.cuda.current_stream(tensor.device), self._side(tensor.device)
         side.wait_event(compute.record_event())
-        with torch.cuda.stream(side):
+        with on_stream(side):
             away.host.copy_(tensor, non_blocking=True)
         # Held until its copy is done: then its memory is free for the compute, in the compute's own order.
         away.here = tensor
@@ -160,7 +161,7 @@ class CheckpointOffload:
         side = self._side(away.device)
         # The memory may have been let go by kernels that still run.
         side.wait_event(torch.cuda.current_stream(away.device).record_event())
-        with torch.cuda.stream(side):
+        with on_stream(side):
             away.here.copy_(away.host, non_blocking=True)
         away.arrived = side.record_event()
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffsynth.errors import PinnedMemoryError
+from diffsynth.ops.devices import on_stream
 from diffsynth.vram_management.host_memory import lasting_memory, locked_buffer
 
 logger = logging.getLogger("diffsynth")
@@ -126,7 +127,7 @@ class StreamCopier:
 
     def fetch(self, target: Tensor, source: Source, start: int, stop: int, free: Mark) -> Transfer:
         free()
-        with torch.cuda.stream(self._stream):
+        with on_stream(self._stream):
             source.read_into(target, start, stop)
             return _EventTransfer(self._stream.record_event())
 

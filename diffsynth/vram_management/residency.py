@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth.errors import PinnedMemoryError
+from diffsynth.ops.devices import on_stream
 from diffsynth.vram_management.choices import LOW_NOISE
 from diffsynth.vram_management.flat import bind
 from diffsynth.vram_management.fp8 import widening
@@ -297,7 +298,7 @@ def _carrying(sources: list[Tensor], targets: list[Tensor], device: torch.device
     beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def carry() -> None:
-        with torch.cuda.stream(beside):
+        with on_stream(beside):
             beside.wait_event(passed)
             _copy(sources, targets)
             beside.synchronize()
