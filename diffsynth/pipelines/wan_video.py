@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from diffsynth.pipelines.decoding import OutputType, Videos
+    from diffsynth.pipelines.typed_call import call
 
 __all__ = ["ModelConfig", "WanVideoPipeline"]
 
@@ -250,22 +251,26 @@ class WanVideoPipeline(NetworkAttributes, LoRAMethods, ExpertMethods, V1Methods)
         """Stop the running call after its current step; it returns what the latents show by then."""
         self._is_interrupted = True
 
-    @torch.no_grad()
-    def __call__(self, prompt: Any = None, negative_prompt: Any = None, **arguments: Any) -> Videos:
-        """Make videos. ``help(pipe)`` lists the arguments; the fields of ``Inputs`` tell their meaning.
+    if TYPE_CHECKING:  # every argument with its type, by the declarations of their readers
+        __call__ = call
+    else:
 
-        Returns:
-            A list of PIL frames, or a list of such lists when a batch was asked for (a list of prompts, or
-            num_videos_per_prompt > 1). With output_type "pt" float32 (B, F, 3, H, W) in [0, 1], "np" (B, F,
-            H, W, 3), "latent" the float32 latents (B, C, F, H, W) that the VAE would decode.
+        @torch.no_grad()
+        def __call__(self, prompt: Any = None, negative_prompt: Any = None, **arguments: Any) -> Videos:
+            """Make videos. ``help(pipe)`` lists the arguments; the fields of ``Inputs`` tell their meaning.
 
-        Raises:
-            UnknownArgumentError, UnusedInputError, ArgumentError: before any model moves.
-            MissingModelError: when a network is needed that is not loaded.
-            NotFiniteError: when latents become NaN; says at which step.
-        """
-        with self._alone():
-            return self._generate({"prompt": prompt, "negative_prompt": negative_prompt, **arguments})
+            Returns:
+                A list of PIL frames, or a list of such lists when a batch was asked for (a list of prompts,
+                or num_videos_per_prompt > 1). With output_type "pt" float32 (B, F, 3, H, W) in [0, 1], "np"
+                (B, F, H, W, 3), "latent" the float32 latents (B, C, F, H, W) that the VAE would decode.
+
+            Raises:
+                UnknownArgumentError, UnusedInputError, ArgumentError: before any model moves.
+                MissingModelError: when a network is needed that is not loaded.
+                NotFiniteError: when latents become NaN; says at which step.
+            """
+            with self._alone():
+                return self._generate({"prompt": prompt, "negative_prompt": negative_prompt, **arguments})
 
     @torch.no_grad()
     def decode(

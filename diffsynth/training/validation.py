@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -240,7 +240,7 @@ class PromptVideos:
         return WanVideoPipeline(sampling_parts(self._config, self._loaded, self._device))
 
 
-def arguments_of(settings: SampleConfig, number: int) -> dict[str, object]:
+def arguments_of(settings: SampleConfig, number: int) -> dict[str, Any]:
     """What ``pipe()`` is given for one of the prompts.
 
     Raises:
