@@ -17,7 +17,7 @@ from diffsynth.pipelines.wan_video import WanVideoPipeline
 REPOSITORY = Path(__file__).parents[3]
 # a typing mistake, a value of another type, and one that is no choice
 MISTAKES = """
-pipe("a cat", hieght=480)
+pipe("a cat", num_frame=9)
 pipe("a cat", height="tall")
 pipe("a cat", fit="cut")
 """
@@ -48,4 +48,4 @@ def test_a_type_checker_finds_mistakes_and_passes_the_readme(tmp_path: Path) -> 
     last = code.count("\n")
     errors = re.findall(r"^script\.py:(\d+): error: (.*)$", done.stdout, re.MULTILINE)
     assert [int(line) - last - 1 for line, _ in errors] == [1, 2, 3], done.stdout
-    assert 'did you mean "height"?' in errors[0][1]
+    assert 'did you mean "num_frames"?' in errors[0][1]
