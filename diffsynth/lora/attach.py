@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -189,10 +189,14 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., K) -> (..., N)."""
+        active = self._active(self.branches)
+        beside = x
+        if x.is_cuda and len(active) == 1 and torch.is_grad_enabled() and x.requires_grad:
+            x, beside = twice(x)  # a CPU keeps autograd's order of sums, and with it its numbers
         y: Tensor = self.base(x)
-        for branch in self._active(self.branches):
+        for branch in active:
             assert isinstance(branch, LoRABranch)
-            y = branch.add_to(y, x, self)
+            y = branch.add_to(y, beside, self)
         for offset in self._active(self.offsets):
             y = _plus(y, next(offset.parameters()).to(y.dtype), offset.dial.value)
         return y
@@ -217,6 +221,26 @@ class ChangedTensor(_Factors):
         """The tensor with the change; itself at strength 0."""
         strength = self.dial.value
         return original if strength == 0.0 else changed(original, [(self.change, strength)], original.dtype)
+
+
+def twice(x: Tensor) -> tuple[Tensor, Tensor]:
+    """X for a layer and x for its branch, whose gradients are added up in the memory of the layer's."""
+    if torch.compiler.is_compiling():
+        return x, x
+    pair: tuple[Tensor, Tensor] = _Twice.apply(x)  # type: ignore[no-untyped-call]
+    return pair
+
+
+class _Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        of_layer, of_branch = grads
+        # A layer's product, which nobody else holds: autograd would make a third tensor as wide as they are.
+        return of_layer.add_(of_branch)
 
 
 def _plus_product(y: Tensor, hidden: Tensor, up: Tensor, strength: float) -> Tensor:

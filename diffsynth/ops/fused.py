@@ -132,9 +132,54 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, spans: tuple[Span, ...]) -> Te
         table = gate if rows is not None else span.of(gate)
         return add_gated(x[:, tokens], y[:, tokens], table, rows)
 
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        return _walk(x, spans, work, None)  # the compiler sees to it
     if torch.is_grad_enabled():
-        return _walk(x, spans, work, None)
+        made: Tensor = _GatedSum.apply(x, y, gate, spans)  # type: ignore[no-untyped-call]
+        return made
     return _walk(x, _not_compiled(x, spans, generated), work, x)
+
+
+class _GatedSum(torch.autograd.Function):
+    """`gated_add` in training: in pieces, where autograd would make float32 copies of whole streams."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, spans: tuple[Span, ...]) -> Tensor:
+        ctx.save_for_backward(gate, y if ctx.needs_input_grad[2] else None)
+        ctx.spans = spans
+
+        def work(part: Tensor, span: Span) -> Tensor:
+            return torch.addcmul(part.float(), y[:, span.tokens].float(), span.of(gate))
+
+        return _walk(x, spans, work, torch.empty_like(x))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate, y = ctx.saved_tensors
+        of_y = None
+        if ctx.needs_input_grad[1]:
+            of_y = _walk(
+                grads[0],
+                ctx.spans,
+                lambda part, span: part.float() * span.of(gate),
+                torch.empty_like(grads[0]),
+            )
+        of_gate = None if y is None else _gradient_of_gate(gate, y, grads[0], ctx.spans)
+        return grads[0], of_y, of_gate, None
+
+
+def _gradient_of_gate(gate: Tensor, y: Tensor, grad: Tensor, spans: tuple[Span, ...]) -> Tensor:
+    """Of each row, the sum over its tokens; a whole span at a time, for a sum in pieces rounds otherwise."""
+    total: Tensor | None = None
+    with torch.enable_grad():
+        leaf = gate.detach().requires_grad_()
+        rows = [span.of(leaf) for span in spans]
+    for span, row in zip(reversed(spans), reversed(rows), strict=True):
+        product = grad[:, span.tokens].float() * y[:, span.tokens].float()
+        (part,) = torch.autograd.grad(row, leaf, product.sum_to_size(row.shape))
+        total = part if total is None else total + part
+    assert total is not None
+    return total
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from diffsynth.vram_management.layers import DTYPE_BYTES, NetworkSize
 from diffsynth.vram_management.rates import DiTSizes
 
 # u of one block that its backward pass needs, besides the feed-forward layer's hidden numbers
-KEPT_OF_BLOCK = {"factors": 15, "whole": 19}
+KEPT_OF_BLOCK = {"factors": 15, "whole": 17}
 KEPT_OF_HIDDEN = 2  # times the hidden numbers of the feed-forward layer: before and after its GELU
 IN_PASSING = 4  # u: gradients of a stream and a float32 piece on the way
 TEXT_DIM, TIME_DIM = 4096, 256  # of umT5-XXL, and of the sines that a timestep becomes

@@ -84,6 +84,32 @@ def test_inference_changes_the_stream_in_place_and_training_does_not() -> None:
         assert gated_add(x, y, gate, spans_of(None, 4)) is x and x.all()
 
 
+@pytest.mark.parametrize(
+    "clock", [None, [0] * 9 + [1] * 5 + [0] * 6], ids=["one-time", "a-time-that-returns"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gated_sum_has_the_gradients_of_its_formula_bit_by_bit(
+    dtype: torch.dtype, clock: list[int] | None
+) -> None:
+    spans = spans_of(None if clock is None else torch.tensor(clock), 20)
+    x, y, upward = (torch.randn(2, 20, 24).to(dtype) for _ in range(3))
+    gate = torch.randn(2, 2, 24)
+    found = []
+    for is_plain in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (x, y, gate)]
+        if is_plain:
+            parts = [
+                torch.addcmul(leaves[0][:, s.tokens].float(), leaves[1][:, s.tokens].float(), s.of(leaves[2]))
+                for s in spans
+            ]
+            made = torch.cat(parts, dim=1).to(dtype)
+        else:
+            made = gated_add(*leaves, spans)
+        made.backward(upward)
+        found.append([made.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_attention_equals_the_formula() -> None:
     q, k, v = torch.randn(2, 5, 3, 8), torch.randn(2, 7, 3, 8), torch.randn(2, 7, 3, 8)
     bias = torch.randn(1, 1, 1, 7)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.errors import ArgumentError, IncompleteCheckpointError, LoRAError
-from diffsynth.lora.attach import Dial, LoRALinear, attach
+from diffsynth.lora.attach import Dial, LoRALinear, attach, twice
 from diffsynth.lora.formats import open_loras
 from diffsynth.lora.matching import Network, fit
 from diffsynth.models.wan.dit import WanDiT
@@ -351,3 +351,12 @@ def test_sizes_split_as_square_as_they_go() -> None:
 def test_checkpoint_class_reads_an_export(tmp_path: Path) -> None:
     _, _, path = exported(tmp_path, LORA, "comfy")
     assert all(name.startswith("diffusion_model.blocks.") for name in Checkpoint.open(path).shapes)
+
+
+def test_a_layer_and_its_branch_share_their_input_and_the_memory_of_its_gradient() -> None:
+    x = torch.randn(3, 24).requires_grad_()
+    layer, branch = torch.randn(40, 24), torch.randn(40, 24)
+    own, beside = twice(x)
+    (F.linear(own, layer) + F.linear(beside, branch)).sum().backward()
+    assert own.data_ptr() == beside.data_ptr() == x.data_ptr()
+    torch.testing.assert_close(x.grad, (layer.sum(0) + branch.sum(0)).expand(3, -1))
