@@ -7,6 +7,7 @@ and built anew when the sources or torch change.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).parents[2]
 SOURCES = Path(__file__).parent / "runtime"
 RUNTIME, DRIVER = "libfake_cudart.so", "libcuda.so.1"
 TORCH_LIBRARIES = ("libc10_cuda.so", "libtorch_cuda.so", "libtorch_python.so", "libtorch_cuda_linalg.so")
@@ -45,6 +47,28 @@ def headers() -> Path | None:
         if (place / "cuda_runtime_api.h").is_file() and (place / "cuda.h").is_file():
             return place
     return None
+
+
+def is_loaded() -> bool:
+    """Whether this process runs on the simulated runtime."""
+    return hasattr(ctypes.CDLL(None), "fake_cuda_counter")
+
+
+def environment(capability: int = 90, devices: int = 1) -> dict[str, str]:
+    """Of a process that sees simulated GPUs: the runtime has to be there before Python starts.
+
+    Args:
+        capability: compute capability times ten.
+        devices: how many there are.
+    """
+    folder = built()
+    libraries = [str(folder), os.environ.get("LD_LIBRARY_PATH")]
+    return {
+        **os.environ, "LD_PRELOAD": str(folder / RUNTIME),
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
+        "FAKE_CUDA_CAPABILITY": str(capability), "FAKE_CUDA_DEVICES": str(devices),
+        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
 
 
 def built() -> Path:

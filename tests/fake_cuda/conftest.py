@@ -23,7 +23,6 @@ from tests.fake_cuda import build
 
 REPORTS = "FAKE_CUDA_REPORTS"  # inside: the file that reports go to
 IS_INSIDE = REPORTS in os.environ
-ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent
 Gpu = tuple[int, int]  # compute capability times ten, number of devices
 
@@ -116,25 +115,18 @@ class Inside:
     """One process with a simulated GPU, which runs all tests of one kind of GPU in order."""
 
     def __init__(self, gpu: Gpu, items: list[pytest.Item]) -> None:
-        folder = build.built()
         self._work = tempfile.TemporaryDirectory(prefix="fake-cuda-")
         self._rows = Path(self._work.name) / "reports.jsonl"
         self._output = Path(self._work.name) / "output.txt"
         self._rows.touch()
         names = Path(self._work.name) / "tests.txt"
         names.write_text("\n".join(item.nodeid for item in items))
-        libraries = os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")]))
-        environment = {
-            **os.environ, REPORTS: str(self._rows), "FAKE_CUDA_CAPABILITY": str(gpu[0]),
-            "FAKE_CUDA_DEVICES": str(gpu[1]), "LD_PRELOAD": str(folder / build.RUNTIME),
-            "LD_LIBRARY_PATH": libraries,
-            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        options = ["-m", "fake_cuda", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+        environment = {**build.environment(*gpu), REPORTS: str(self._rows)}
+        options = ["-m", "fake_cuda", "-p", "no:cacheprovider", "--rootdir", str(build.ROOT)]
         command = [sys.executable, "-m", "pytest", *options, f"@{names}"]
         with self._output.open("w") as output:
             self._process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+                command, cwd=build.ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
             )
 
     def reports_of(self, item: pytest.Item) -> list[pytest.TestReport]:

@@ -237,7 +237,9 @@ class WanDiT(nn.Module):
         half = self.config.freq_dim // 2
         # float64 on the CPU: near t = 1000 float32 angles are already off by 6e-5.
         angles = times[..., None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).float().to(self.device)
+        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+        # Without waiting: one side of the guidance may still compute when the other begins.
+        sinusoid = sinusoid.to(self.device, non_blocking=True)
         rise, _, fall = cast("tuple[nn.Linear, nn.SiLU, nn.Linear]", tuple(self.time_embedding))
         embedded = linear_float32(
             F.silu(linear_float32(sinusoid, rise.weight, rise.bias)), fall.weight, fall.bias
