@@ -1,4 +1,4 @@
-"""What a step, an encode and a decode ask of a GPU does not rise: benchmarks/results/counts.jsonl is the most.
+"""What a step, an encode and a decode ask of a GPU does not rise above benchmarks/results/counts.jsonl.
 
 A figure is held where the file has a row of this version of torch (its first two numbers), the last one of
 its name: launches and bytes of the same code differ a little between versions, and so do the kernels that
