@@ -204,8 +204,8 @@ def train(expert: Any, size: VideoSize, folder: Path, mark: Mark) -> None:
         with quiet_lightning():
             trainer = Trainer(
                 accelerator="gpu", devices=1, precision="32-true", max_epochs=1, logger=False,
-                callbacks=[Marks()], use_distributed_sampler=False, enable_checkpointing=False, enable_progress_bar=False,
-                enable_model_summary=False, default_root_dir=str(folder),
+                callbacks=[Marks()], use_distributed_sampler=False, enable_checkpointing=False,
+                enable_progress_bar=False, enable_model_summary=False, default_root_dir=str(folder),
             )  # fmt: skip
             trainer.fit(module, train_dataloaders=loader)
     finally:

@@ -257,7 +257,8 @@ class _NormalisedHeads(torch.autograd.Function):
         rotation: Tensor | None = ctx.rotation
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         if rotation is not None:
-            rotation = rotation * rotation.new_tensor([1.0, -1.0])  # turns back
+            turns_back = torch.conj_physical(torch.view_as_complex(rotation))
+            rotation = torch.view_as_real(turns_back)
 
         def work(part: Tensor, span: Span) -> Tensor:
             grad, wide = grads[0][:, span.tokens].float(), part.float()

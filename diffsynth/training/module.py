@@ -200,9 +200,12 @@ class WanTrainingModule(LightningModule):
         # For an optimizer that draws from torch's own generator: it too depends on the step alone.
         torch.manual_seed(int(chance(self.config.run.seed, step, "torch") * 2**62))
         losses, timesteps = self.losses(learner, drawn.batch, step, [pick.draw_id for pick in drawn.picks])
-        self._measured.append(torch.stack([losses.detach().float(), timesteps.to(losses.device).float()]))
+        # Nothing here waits for the device, so that the backward pass is launched while the forward one runs.
+        told = timesteps.to(losses.device, non_blocking=True)
+        self._measured.append(torch.stack([losses.detach().float(), told.float()]))
         is_last = len(self._measured) == self.config.run.accumulate
-        weights = torch.tensor([pick.weight for pick in drawn.picks], device=losses.device)
+        weights = torch.tensor([pick.weight for pick in drawn.picks])
+        weights = weights.to(losses.device, non_blocking=True)
         with self._sync(is_last):
             self.manual_backward((losses * weights).mean() / self.config.run.accumulate)
         if is_last:
@@ -237,6 +240,7 @@ class WanTrainingModule(LightningModule):
         )  # fmt: skip
         if sigma is not None:
             sigmas = torch.full_like(sigmas, sigma)
+        noise = noise.to(device)
         noisy = batch.plan.pin(objective.noisy(latents, noise, sigmas))
         told = objective.timesteps(sigmas, latents.shape[2], pinned)
         velocity = learner.denoiser(noisy, told, batch.conditions)

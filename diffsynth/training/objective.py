@@ -183,7 +183,8 @@ class FlowMatchObjective:
             )
         target = noise.to(velocity.device).float() - latents.to(velocity.device).float()
         error = (velocity.float() - target)[:, :, num_pinned:]
-        return error.square().flatten(1).mean(1) * self.weight(sigma).to(velocity.device)
+        weight = self.weight(sigma).to(velocity.device, non_blocking=True)
+        return error.square().flatten(1).mean(1) * weight
 
     def loss(
         self, velocity: Tensor, latents: Tensor, noise: Tensor, sigma: Tensor, num_pinned: int = 0

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 from torch._inductor.runtime import triton_helpers
+from triton.runtime import interpreter
 
 from diffsynth.ops import compiled, fused
 from diffsynth.ops.rope import video_rotation
@@ -87,10 +89,23 @@ def steps_between(found: Tensor, expected: Tensor) -> float:
     return float(((found.float() - expected.float()).abs() / step).max())
 
 
+def mend_interpreter() -> None:
+    """Give it what a kernel of Inductor asks for and it does not have."""
+    # No libraries of CUDA: the same function of Triton's own, as it is inside a kernel.
+    triton_helpers.libdevice.rsqrt = lambda x: tl.rsqrt(x)  # noqa: PLW0108  (another one there)
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor: object, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        # Triton 3.6 takes an array of one for the number in it, which NumPy 2.4 refuses.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
 @torch.no_grad()
 def main() -> None:
-    # The interpreter has no libraries of CUDA: the same function of Triton's own, as it is inside a kernel.
-    triton_helpers.libdevice.rsqrt = lambda x: tl.rsqrt(x)  # noqa: PLW0108  (another one there)
+    mend_interpreter()
     told: dict[str, float] = {}
     for name, case in cases().items():
         before = controls.counts()
