@@ -44,7 +44,7 @@ def locked_bytes() -> int:
 
 
 def has_context(device: int) -> bool:
-    """Whether anything has touched this GPU."""
+    """Whether anything of this test has touched this GPU."""
     return bool(_runtime.fake_cuda_has_context(device))
 
 
@@ -75,6 +75,7 @@ def reset() -> None:
     lockable_memory(None)
     delays()
     copies_move_bytes(True)
+    _runtime.fake_cuda_forget_contexts()
 
 
 @contextmanager

@@ -257,6 +257,9 @@ void fake_cuda_set_copies(int move_bytes) { copies_move_bytes = move_bytes; }
 long fake_cuda_counter(int which) { return counters[which]; }
 long fake_cuda_locked_bytes() { return locked_bytes; }
 int fake_cuda_has_context(int device) { return has_context[device]; }
+void fake_cuda_forget_contexts() {
+  for (auto& context : has_context) context = false;
+}
 void fake_cuda_count_launch() { counters[kLaunches]++; }  // of the driver's
 void fake_cuda_note(const char* what, const char* name, const void* stream, const char* more) {
   note(what, name, stream, 0, more);

@@ -238,10 +238,11 @@ class OfCUDA(RuntimeError):
     "error",
     [
         RuntimeError("GET was unable to find an engine to execute this computation"),
-        OfCUDA("CUDA error: out of memory"),
+        OfCUDA("HIP error: hipErrorOutOfMemory"),
+        RuntimeError("CUDA error: out of memory"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     ],
-    ids=["no-engine", "accelerator", "cudnn"],
+    ids=["no-engine", "accelerator-by-its-code", "cuda-by-its-words", "cudnn"],
 )
 def test_the_ladder_knows_the_words_of_cuda_and_cudnn(
     vae: WanVideoVAE, latents: Tensor, tiled: NDArray[np.uint8], error: RuntimeError
