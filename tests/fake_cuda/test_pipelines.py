@@ -14,6 +14,7 @@ from diffsynth.models.toy import KINDS, toy_files
 from diffsynth.ops.fp8 import FP8
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from tests.fake_cuda import controls
+from tests.fake_cuda.arrangements import read_through_a_ring
 from tests.fake_cuda.gpus import on_gpu
 from tests.model_inputs import ALONE, given
 
@@ -23,7 +24,7 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "streamed": {"limits": STREAMED, "sampler": "dpm++"},
     "resident": {"where": "cuda"},
     "visiting": {"videos": 2, "start": "video", "sampler": "euler"},
-    "ring": {"limits": {**STREAMED, "ram_limit": 2.0}},
+    "ring": {"is_ring": True},
     "fp8-widened": {"where": "cuda", "dtype": FP8},
     "fp8-multiplied": {"limits": STREAMED, "dtype": FP8, "fp8": "fp8"},
     "two-experts": {"limits": STREAMED, "experts": 2},
@@ -34,7 +35,7 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
 def generate(
     kind: str, *, where: str = "cpu", device: str = "cuda", dtype: torch.dtype = torch.bfloat16,
     limits: dict[str, Any] | None = None, start: str = "noise", videos: int = 1, experts: int = 1,
-    fp8: Any = None, sampler: str = "unipc",
+    fp8: Any = None, sampler: str = "unipc", is_ring: bool = False,
 ) -> None:  # fmt: skip
     files = toy_files(kind, num_layers=4, num_experts=experts)
     where = device if where == "cuda" else where
@@ -43,6 +44,8 @@ def generate(
     )
     if limits:
         pipe.enable_vram_management(**limits)
+    if is_ring:
+        read_through_a_ring(pipe)
     if fp8:
         pipe.choose_kernels(fp8_compute=fp8)
     names = [name for name in inputs_read(facts_of_kind(kind)) if name != ALONE]
@@ -92,16 +95,14 @@ def test_the_second_gpu_runs_alone(arrangement: str) -> None:
     assert controls.has_context(1) and not controls.has_context(0)
 
 
-@pytest.mark.parametrize(
-    "limits",
-    [pytest.param(None, marks=pytest.mark.slow), STREAMED, {**STREAMED, "ram_limit": 2.0}],
-    ids=["visiting", "streamed", "ring"],
-)
-def test_a_call_in_inference_mode_and_the_one_after_it(limits: dict[str, Any] | None) -> None:
+@pytest.mark.parametrize("arranged", [pytest.param("visiting", marks=pytest.mark.slow), "streamed", "ring"])
+def test_a_call_in_inference_mode_and_the_one_after_it(arranged: str) -> None:
     manager = ModelManager(torch.bfloat16, "cpu").load_models(toy_files("t2v", num_layers=4))
     pipe = WanVideoPipeline.from_model_manager(manager, device="cuda")
-    if limits:
-        pipe.enable_vram_management(**limits)
+    if arranged == "streamed":
+        pipe.enable_vram_management(**STREAMED)
+    elif arranged == "ring":
+        read_through_a_ring(pipe)
     call = {"prompt": "a", "negative_prompt": "b", "seed": 0, "progress_bar_cmd": iter}
     with torch.inference_mode():
         pipe(**call)
