@@ -13,6 +13,7 @@ from diffsynth.checkpoints.architecture import Match
 from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.detect import detect
 from diffsynth.checkpoints.files import group_files
+from diffsynth.checkpoints.pairs import LOW, is_dit, roles_of
 from diffsynth.cli.flags import TORCH_NAMES
 from diffsynth.errors import (
     AmbiguousModelError,
@@ -174,7 +175,7 @@ def find_parts(paths: Sequence[str]) -> Parts:
                     f"{match.checkpoint.source} is {match.needs}. {match.architecture.planned_in}"
                 )
             else:
-                _put(parts, f"{name}_low_noise" if is_low else name, match)
+                _put(parts, name + LOW * is_low, match)
     if not parts.matches:
         raise MissingModelError("None of these is a network of a pipeline. " + " ".join(parts.passed_over))
     adapters = [match for match in parts.matches.values() if match.architecture.is_adapter]
@@ -191,7 +192,7 @@ def _low_noise_files(by_file: Sequence[list[Match]]) -> list[list[Match]]:
     with_dit = [
         matches
         for matches in by_file
-        if matches[0].name == "wan_video_dit" and matches[0].architecture.planned_in != NOT_PLANNED
+        if is_dit(matches[0]) and matches[0].architecture.planned_in != NOT_PLANNED
     ]
     if len(with_dit) > 2:
         names = ", ".join(matches[0].checkpoint.source for matches in with_dit)
@@ -200,8 +201,13 @@ def _low_noise_files(by_file: Sequence[list[Match]]) -> list[list[Match]]:
         )
     if len(with_dit) < 2:
         return []
-    first, second = with_dit
-    return [first if first[0].role == "low" or second[0].role == "high" else second]
+    roles = roles_of([matches[0] for matches in with_dit])
+    if roles is None:
+        names = " and ".join(matches[0].checkpoint.source for matches in with_dit)
+        raise AmbiguousModelError(
+            f"Both {names} are {with_dit[0][0].role}-noise experts; give one of each, or one alone."
+        )
+    return [with_dit[roles.index("low")]]
 
 
 def _put(parts: Parts, name: str, match: Match) -> None:

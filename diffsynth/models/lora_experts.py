@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from diffsynth.checkpoints.hints import Role, role_mark, role_of
+from diffsynth.checkpoints.pairs import is_dit, roles_of
 from diffsynth.errors import ArgumentError, LoRAError
 
 if TYPE_CHECKING:
@@ -135,12 +136,9 @@ def number(value: object, argument: str) -> float:
 
 def role_by_path(entry: LoadedModel, entries: Sequence[LoadedModel]) -> Role | None:
     """Which expert a network belongs to; by order of loading where no path tells. None: to the only one."""
-    dits = [one for one in entries if one.name == "wan_video_dit"]
-    if len(dits) != 2:
+    dits = [one for one in entries if is_dit(one.match)]
+    if len(dits) != 2 or entry not in dits or entry.match.role is not None:
         return entry.match.role
-    if entry.match.role is not None or entry not in dits:
-        return entry.match.role
-    other = dits[1 - dits.index(entry)].match.role
-    if other is not None:
-        return "low" if other == "high" else "high"
-    return "high" if entry is dits[0] else "low"
+    roles = roles_of([one.match for one in dits])
+    assert roles is not None  # this one says nothing of itself
+    return roles[dits.index(entry)]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffsynth.checkpoints.hints import Role, is_of_no_pair, tells_few_steps
+from diffsynth.checkpoints.pairs import is_dit, is_named, roles_of, tells_roles
 from diffsynth.conditioning.facts import DiTFacts
 from diffsynth.conditioning.tokenizer import Tokenizer, find_tokenizer
 from diffsynth.denoising.expert import Expert
@@ -29,11 +30,7 @@ from diffsynth.vram_management.plan import DiTSizes
 
 logger = logging.getLogger("diffsynth")
 
-ENCODERS = {
-    "wan_video_text_encoder": "text_encoder",
-    "wan_video_image_encoder": "image_encoder",
-    "wan_video_vae": "vae",
-}  # name in the manager -> part of the pipeline
+ENCODERS = ("text_encoder", "image_encoder", "vae")
 # Wan2.2 wan/configs for text and for pictures; VideoX-Fun gives 0.875 to Fun Control
 BOUNDARY_T2V, BOUNDARY_OF_PICTURES = 0.875, 0.900
 
@@ -139,12 +136,11 @@ def collect(
     parts = PipelineComponents(device=device, dtype=dtype, loras=manager.loras)
     is_told = dit is not None and not isinstance(dit, (str, Path))
     _take_dits(parts, _pick_dits(manager, dit), manager.loaded, is_told=is_told)
-    for name, attribute in ENCODERS.items():
-        found = [entry for entry in manager.loaded if entry.name == name]
+    for attribute in ENCODERS:
+        found = [entry for entry in manager.loaded if entry.match.architecture.part == attribute]
         if len(found) > 1:
-            raise AmbiguousModelError(
-                f"{len(found)} networks are {name}: {', '.join(_source(e) for e in found)}. Load one only."
-            )
+            name, sources = found[0].name, ", ".join(map(_source, found))
+            raise AmbiguousModelError(f"{len(found)} networks are {name}: {sources}. Load one only.")
         if found:
             setattr(parts, attribute, found[0].model)
             parts.sources[attribute] = _source(found[0])
@@ -157,18 +153,13 @@ def collect(
 
 
 def _pick_dits(manager: ModelManager, wanted: str | Path | Sequence[str | Path] | None) -> list[LoadedModel]:
-    found = [entry for entry in manager.loaded if entry.name == "wan_video_dit"]
+    found = [entry for entry in manager.loaded if is_dit(entry.match)]
     if wanted is None:
         return found
     paths = [wanted] if isinstance(wanted, (str, Path)) else list(wanted)
     picked = []
     for path in paths:
-        resolved = Path(path).expanduser().resolve()
-        hits = [
-            e
-            for e in found
-            if any(resolved == p.resolve() or resolved in p.resolve().parents for p in e.paths)
-        ]
+        hits = [entry for entry in found if is_named(entry.match, path)]
         if len(hits) != 1:
             names = ", ".join(_source(e) for e in found) or "none"
             raise AmbiguousModelError(
@@ -234,8 +225,7 @@ def _check_pair(first: LoadedModel, second: LoadedModel, loaded: Sequence[Loaded
     config, other = (_dit(entry).config for entry in pair)
     differing = [f.name for f in fields(config) if getattr(config, f.name) != getattr(other, f.name)]
     beside = [
-        {e.name for e in loaded if e.name != "wan_video_dit" and set(e.paths) & set(entry.paths)}
-        for entry in pair
+        {e.name for e in loaded if not is_dit(e.match) and set(e.paths) & set(entry.paths)} for entry in pair
     ]
     if not differing and beside[0] == beside[1]:
         return
@@ -256,23 +246,21 @@ def _check_pair(first: LoadedModel, second: LoadedModel, loaded: Sequence[Loaded
 def _roles(first: LoadedModel, second: LoadedModel, *, is_told: bool) -> tuple[LoadedModel, LoadedModel]:
     """Which is the high-noise expert: as the caller, else the file or its path says, else by order."""
     names = f"{_source(first)} and {_source(second)}"
-    roles = (first.match.role, second.match.role)
-    is_reversed = roles in (("low", "high"), ("low", None), (None, "high"))
+    pair = (first.match, second.match)
+    roles = roles_of(pair)
     if is_told:
-        if is_reversed:
+        if roles == ("low", "high"):
             logger.warning(
                 "dit=[HIGH, LOW] takes %s for high noise, as given, and the paths say the opposite.",
                 _source(first),
             )
         return first, second
-    if is_reversed:
-        return second, first
-    if roles in (("high", "low"), ("high", None), (None, "low")):
-        return first, second
-    if roles[0] is not None:
+    if roles is None:
         raise AmbiguousModelError(
-            f"Both {names} are {roles[0]}-noise experts; load one of each, or pick one with dit=."
+            f"Both {names} are {first.match.role}-noise experts; load one of each, or pick one with dit=."
         )
+    if tells_roles(pair):
+        return (first, second) if roles == ("high", "low") else (second, first)
     if is_of_no_pair(first.match.config):
         raise AmbiguousModelError(
             f"Two DiTs are loaded, {names}, and nothing says that they are the two experts of one model: no "

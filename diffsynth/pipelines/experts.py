@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.detect import detect
+from diffsynth.checkpoints.pairs import is_dit, is_named
 from diffsynth.denoising.expert import Expert
 from diffsynth.errors import ArgumentError, DiffSynthError, MissingModelError, UnusedInputError
 from diffsynth.models.registry import ARCHITECTURES
@@ -74,12 +74,8 @@ def refuse_one_expert(paths: Paths, dit: Sequence[str]) -> None:
         matches = [match for one in Checkpoint.open_all(paths) for match in detect(one, ARCHITECTURES)]
     except DiffSynthError:
         return
-    wanted = {Path(path).expanduser().resolve() for path in dit}
-    found = []
-    for match in (one for one in matches if one.name == "wan_video_dit"):
-        files = [path.resolve() for path in match.checkpoint.paths]
-        if not wanted or wanted & {place for file in files for place in (file, *file.parents)}:
-            found.append(match)
+    dits = [match for match in matches if is_dit(match)]
+    found = [match for match in dits if not dit or any(is_named(match, path) for path in dit)]
     if len(found) == 1 and found[0].role is not None:
         raise missing_expert(found[0].role, found[0].checkpoint.source, IN_FLAGS)
 

@@ -18,7 +18,7 @@ from diffsynth.conditioning.text import TextInputs
 from diffsynth.errors import ArgumentError
 from diffsynth.ops.attention import attention_name
 from diffsynth.ops.fp8 import dtype_name, fp8_layers
-from diffsynth.pipelines.components import PipelineComponents
+from diffsynth.pipelines.components import ENCODERS, PipelineComponents
 from diffsynth.pipelines.experts import boundary_of
 from diffsynth.pipelines.options import call_arguments
 from diffsynth.video import VideoData
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from diffsynth.pipelines.request import VideoRequest
 
 Facts = Mapping[str, Any]  # as JSON reads it
-
-ENCODERS = ("text_encoder", "image_encoder", "vae")
 
 
 def run_facts(

@@ -18,6 +18,7 @@ from diffsynth.checkpoints.checkpoint import Checkpoint
 from diffsynth.checkpoints.detect import detect
 from diffsynth.checkpoints.files import group_files
 from diffsynth.checkpoints.hints import Role
+from diffsynth.checkpoints.pairs import is_dit, roles_of
 from diffsynth.conditioning.facts import DiTFacts
 from diffsynth.conditioning.text_cache import fingerprint
 from diffsynth.denoising.expert import Expert
@@ -141,7 +142,7 @@ def maker_of(config: TrainConfig, facts: DiTFacts) -> Maker:
         manager.load_models(paths)
     found = {} if facts.image_dim is not None else {"image_encoder": ""}
     for entry in manager.loaded:
-        if (name := ENCODERS.get(entry.name, "")) and name not in found:
+        if (name := entry.match.architecture.part) in ENCODERS and name not in found:
             read = partial(entry.match.checkpoint.tensor, dtype=manager.torch_dtype)
             found[name] = encoder_identity(entry.model, read)
     facts_known = {**found, **facts_of_settings(facts, config.cache)}
@@ -198,7 +199,7 @@ def load_networks(config: TrainConfig, objective: FlowMatchObjective, *, outline
     manager = ModelManager(torch_dtype=DTYPES[sources.dtype], device="meta" if outline else "cpu")
     named = [group for group in (sources.dit, sources.dit_low) if group]
     manager.load_models([*(g[0] if len(g) == 1 else list(g) for g in named), *sources.adapters])
-    dits = [entry for entry in manager.loaded if entry.name == "wan_video_dit"]
+    dits = [entry for entry in manager.loaded if is_dit(entry.match)]
     if len(dits) != len(named):
         raise ArgumentError(
             f"The files of model.dit and model.dit_low hold {len(dits)} DiTs; expected {len(named)}: one in "
@@ -206,7 +207,7 @@ def load_networks(config: TrainConfig, objective: FlowMatchObjective, *, outline
         )
     dtype = manager.torch_dtype or torch.bfloat16
     pair = [entry.paths[0] for entry in dits] if len(dits) > 1 else None
-    if pair and (dits[0].match.role == "low" or dits[1].match.role == "high"):
+    if pair and roles_of([entry.match for entry in dits]) != ("high", "low"):
         raise ArgumentError(
             f"model.dit is {pair[0]} and model.dit_low {pair[1]}, which say the opposite of themselves: "
             "model.dit is the high-noise expert. Exchange them."

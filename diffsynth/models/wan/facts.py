@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from diffsynth.checkpoints.architecture import Match
+from diffsynth.checkpoints.pairs import is_dit
 from diffsynth.conditioning.facts import DiTFacts
 from diffsynth.models.wan.dit_config import VAE22_CHANNELS, DiTConfig
 
@@ -47,7 +48,7 @@ def facts_in(matches: Iterable[Match]) -> DiTFacts | None:
     """
     config, adapters = None, []
     for match in matches:
-        if match.name == "wan_video_dit":
+        if is_dit(match):
             config = config_of(match.require_config())
         elif match.architecture.is_adapter:
             adapters.append(match.architecture.part)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from diffsynth.cli.flags import FLAGS
 from diffsynth.cli.schema import schema
 from diffsynth.conditioning.argument import argument, arguments_of
 from diffsynth.models.registry import ARCHITECTURES
@@ -45,6 +46,7 @@ class SoundConditioner:
 CONDITIONERS["sound"] = SoundConditioner()
 from typer.testing import CliRunner
 from diffsynth.cli.app import app
+from diffsynth.cli.flags import FLAGS
 from diffsynth.cli.flags import FLAGS
 from diffsynth.cli.schema import schema
 from diffsynth.models.table import tables
@@ -123,3 +125,11 @@ def test_an_adapter_stands_in_the_registry_under_its_own_name() -> None:
     for row in rows:
         module, _, name = str(row.module).partition(":")
         assert getattr(import_module(module), name).name == row.part
+
+
+def test_flags_and_their_help_are_those_that_users_know() -> None:
+    told = [[flag.panel, "/".join(flag.all_spellings), flag.help] for flag in FLAGS]
+    known = json.loads((REPOSITORY / "tests" / "data" / "flags.json").read_text(encoding="utf-8"))
+    assert told == known, (
+        "a change of this list is a decision: change tests/data/flags.json and the changelog"
+    )
