@@ -47,7 +47,6 @@ CONDITIONERS["sound"] = SoundConditioner()
 from typer.testing import CliRunner
 from diffsynth.cli.app import app
 from diffsynth.cli.flags import FLAGS
-from diffsynth.cli.flags import FLAGS
 from diffsynth.cli.schema import schema
 from diffsynth.models.table import tables
 from diffsynth.training.dataset.columns import known_columns
