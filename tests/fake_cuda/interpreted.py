@@ -15,14 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
-from torch._inductor.runtime import triton_helpers
-from triton.runtime import interpreter
 
 from diffsynth.ops import compiled, fused
 from diffsynth.ops.rope import video_rotation
-from tests.fake_cuda import answers, controls  # noqa: F401  # answers registers what no kernel computes
+from tests.fake_cuda import controls
 
 CUDA = torch.device("cuda", 0)
 EPS = 1e-6
@@ -91,6 +88,10 @@ def steps_between(found: Tensor, expected: Tensor) -> float:
 
 def mend_interpreter() -> None:
     """Give it what a kernel of Inductor asks for and it does not have."""
+    import triton.language as tl
+    from torch._inductor.runtime import triton_helpers
+    from triton.runtime import interpreter
+
     # No libraries of CUDA: the same function of Triton's own, as it is inside a kernel.
     triton_helpers.libdevice.rsqrt = lambda x: tl.rsqrt(x)  # noqa: PLW0108  (another one there)
     patch_tensor = interpreter._patch_lang_tensor
@@ -105,6 +106,8 @@ def mend_interpreter() -> None:
 
 @torch.no_grad()
 def main() -> None:
+    from tests.fake_cuda import answers  # noqa: F401  # outside of the runtime it would answer for a real GPU
+
     mend_interpreter()
     told: dict[str, float] = {}
     for name, case in cases().items():
