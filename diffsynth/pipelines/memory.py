@@ -187,6 +187,7 @@ class MemoryManager:
         plan = None if limits.is_free else plan_call(self._parts, limits, usual_sizes(self._parts))
         self._limits = None if limits.is_free else limits
         if plan is not None:
+            self.residency.release()  # what only visits is not taken for loaded there
             self._move_to_host()
         self._follow(plan)
 

@@ -127,6 +127,16 @@ def test_a_network_that_comes_again_comes_from_locked_memory() -> None:
     assert third.locks == 0
 
 
+def test_limits_after_a_call_move_no_weights_back_to_the_host(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = toy_pipe()
+    pipe(**CALL)
+    weight = pipe.parts.vae.conv1.weight
+    with caplog.at_level(logging.WARNING, logger="diffsynth"):
+        pipe.enable_vram_management(num_persistent_param_in_dit=0)
+    assert "were loaded onto the device" not in caplog.text
+    assert weight.device.type == "cpu"
+
+
 def test_a_limit_of_the_hosts_memory_locks_nothing_beside_its_plan() -> None:
     pipe = toy_pipe(num_persistent_param_in_dit=0, ram_limit=4.0)
     for _ in range(2):
