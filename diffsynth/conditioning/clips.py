@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
-from itertools import islice, repeat
+from itertools import count, islice, repeat
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from diffsynth.announce import announce
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from diffsynth.conditioning.conditioner import Geometry
     from diffsynth.video import Frame
+    from diffsynth.video.lazy_video import LazyVideo
     from diffsynth.video.pixels import Frames
 
 logger = logging.getLogger("diffsynth")
@@ -59,37 +60,52 @@ def check_picture(picture: Frame, name: str) -> None:
         picture_size(picture)
 
 
-def clip_to_tensor(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | None) -> Tensor:
-    """Return a user's video as the tensor that the VAE is asked to encode.
+def lazy_clip(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | None) -> LazyVideo:
+    """Return a user's video as the VAE is asked to encode it: read, cropped and resized while it is.
 
     Args:
         frames: a VideoData, pictures, or one tensor or array of them; real numbers lie in [0, 1].
         geometry: of the generation. Frames of another size are cropped in the middle and resized.
         name: of the argument, for errors.
-        fit: as in `fitted_frames`.
+        fit: what to do with a video of another length: "trim" keeps the first frames of a longer one, "hold"
+            repeats the last frame of a shorter one, None refuses both.
 
     Returns:
         (1, 3, F, H, W) float32 in [-1, 1].
 
     Raises:
-        ArgumentError: as `fitted_frames`, and for frames of unequal sizes, or a wrong shape, type or range.
+        ArgumentError: for an unknown ``fit``, an empty video or a length that ``fit`` does not mend; while it
+            is read, for frames of unequal sizes, or a wrong shape, type or range.
     """
-    from diffsynth.video import frames_to_tensor
+    from diffsynth.video.lazy_video import LazyVideo
+    from diffsynth.video.pixels import normalised_frames
 
+    height, width, wanted = geometry.height, geometry.width, geometry.num_frames
+    _check_fit(fit)
     with about(name):
-        return frames_to_tensor(
-            fitted_frames(frames, geometry, name=name, fit=fit), geometry.height, geometry.width, name=name
-        )
+        counted = _counted(frames)
+        length = _checked_length(counted, geometry, name, fit)
+    if length != wanted:
+        announce("%s has %d frames and %d are made: fit=%r.", name, length, wanted, fit)
+    walks = count()  # what had to be changed is said once
+
+    def read() -> Iterator[Tensor]:
+        is_first = next(walks) == 0
+        with about(name):
+            for plane in normalised_frames(_held(counted, wanted), height, width, log=is_first, name=name):
+                yield plane[None, :, None]
+
+    return LazyVideo((1, 3, wanted, height, width), read)
 
 
 def check_length(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | None) -> None:
-    """Raise where `fitted_frames` would, before a frame is read; what comes one by one is not counted.
+    """Raise where `lazy_clip` would, before a frame is read; what comes one by one is not counted.
 
     Args:
-        frames: as in `clip_to_tensor`.
+        frames: as in `lazy_clip`.
         geometry: of the generation.
         name: of the argument, for errors.
-        fit: as in `fitted_frames`.
+        fit: the same.
 
     Raises:
         ArgumentError: for an unknown ``fit``, what is no video, an empty one or a length that ``fit`` does
@@ -100,27 +116,6 @@ def check_length(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | No
         return
     with about(name):
         _checked_length(_counted(frames), geometry, name, fit)
-
-
-def fitted_frames(frames: Frames, geometry: Geometry, *, name: str, fit: Fit | None) -> Iterator[Frame]:
-    """Yield ``geometry.num_frames`` frames of a video, one at a time.
-
-    Args:
-        frames: as in `clip_to_tensor`.
-        geometry: of the generation.
-        name: of the argument, for errors.
-        fit: what to do with a video of another length: "trim" keeps the first frames of a longer one, "hold"
-            repeats the last frame of a shorter one, None refuses both.
-
-    Raises:
-        ArgumentError: for an unknown ``fit``, an empty video or a length that ``fit`` does not mend.
-    """
-    _check_fit(fit)
-    counted, wanted = _counted(frames), geometry.num_frames
-    length = _checked_length(counted, geometry, name, fit)
-    if length != wanted:
-        announce("%s has %d frames and %d are made: fit=%r.", name, length, wanted, fit)
-    return _held(counted, wanted)
 
 
 def _check_fit(fit: Fit | None) -> None:
@@ -151,11 +146,11 @@ def _held(frames: Frames, wanted: int) -> Iterator[Frame]:
     from diffsynth.video.pixels import iterate_frames
 
     frame: Frame | None = None
-    count = 0
-    for count, frame in enumerate(islice(iterate_frames(frames), wanted), start=1):  # noqa: B007
+    num_given = 0
+    for num_given, frame in enumerate(islice(iterate_frames(frames), wanted), start=1):  # noqa: B007
         yield frame
     if frame is not None:
-        yield from repeat(frame, wanted - count)
+        yield from repeat(frame, wanted - num_given)
 
 
 def _counted(frames: Frames) -> Frames:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diffsynth.conditioning.conditions import Contribution
     from diffsynth.conditioning.facts import DiTFacts
     from diffsynth.conditioning.tokenizer import Tokenizer
+    from diffsynth.video.lazy_video import LazyVideo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +67,7 @@ class VAELike(Protocol):
 
     def encode(
         self,
-        video: Tensor,
+        video: Tensor | LazyVideo,
         *,
         tile_size: tuple[int, int] | None = None,
         tile_stride: tuple[int, int] | None = None,
@@ -95,7 +96,7 @@ class Components(Protocol):
 
     def encode_video(
         self,
-        video: Tensor,
+        video: Tensor | LazyVideo,
         *,
         tile_size: tuple[int, int] | None = None,
         tile_stride: tuple[int, int] | None = None,

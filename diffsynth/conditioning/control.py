@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from diffsynth.conditioning.argument import SOURCE, argument
-from diffsynth.conditioning.clips import Fit, check_length, clip_to_tensor
+from diffsynth.conditioning.clips import Fit, check_length, lazy_clip
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution
 from diffsynth.conditioning.facts import DiTFacts
@@ -80,7 +80,7 @@ class ControlConditioner:
         import torch
 
         assert parts.vae is not None and inputs.control_video is not None
-        video = clip_to_tensor(inputs.control_video, geometry, name="control_video", fit=inputs.fit)
+        video = lazy_clip(inputs.control_video, geometry, name="control_video", fit=inputs.fit)
         with torch.no_grad():
             plane = parts.encode_video(video, tile_size=inputs.tile_size, tile_stride=inputs.tile_stride)
         return Contribution(planes={"control": (plane.expand(geometry.num_videos, -1, -1, -1, -1), None)})

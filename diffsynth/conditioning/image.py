@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain, repeat
 from numbers import Integral
 from typing import TYPE_CHECKING, ClassVar
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffsynth.video import Frame, Resize
+    from diffsynth.video.lazy_video import LazyVideo
 
 FRAMES_OF_A_LATENT = 4  # pixel frames, except of the first latent, which is one frame
 IMAGE_TOKENS = 257  # of one picture, by the released encoder
@@ -242,6 +244,8 @@ class ImageConditioner:
     def encode(self, inputs: ImageInputs, geometry: Geometry, parts: Components) -> Contribution:
         import torch
 
+        from diffsynth.video.lazy_video import LazyVideo
+
         shape = (geometry.num_videos, *geometry.latent_shape[1:])
         if inputs.input_image is None:
             return Contribution(planes={"image": (torch.zeros(shape, device=parts.device), None)})
@@ -253,11 +257,15 @@ class ImageConditioner:
             plane[:, :, :1] = self._encode(video, inputs, parts)
             return Contribution(planes={"image": (plane.expand(shape), None)})
         has_end = inputs.end_image is not None
-        between = video.new_zeros(1, 3, geometry.num_frames - 1 - has_end, geometry.height, geometry.width)
-        parts_of_video = [video, between]
+        ends = []
         if inputs.end_image is not None:
-            parts_of_video.append(fitted(inputs.end_image, inputs, geometry).to(video.device))
-        plane = self._encode(torch.cat(parts_of_video, dim=2), inputs, parts)
+            ends.append(fitted(inputs.end_image, inputs, geometry).to(video.device))
+        num_between = geometry.num_frames - 1 - has_end
+        whole = LazyVideo(
+            (1, 3, geometry.num_frames, geometry.height, geometry.width),
+            lambda: chain([video], repeat(torch.zeros_like(video), num_between), ends),
+        )
+        plane = self._encode(whole, inputs, parts)
         mask = known_frames(geometry, has_end=has_end).to(plane.device)
         first = plane[:, :, :1].expand(geometry.num_videos, -1, -1, -1, -1)
         return Contribution(
@@ -279,7 +287,7 @@ class ImageConditioner:
             video = covering_tensor(inputs.input_image, geometry.height, geometry.width)
         return self._encode(video, inputs, parts).expand(geometry.num_videos, -1, -1, -1, -1)
 
-    def _encode(self, video: Tensor, inputs: ImageInputs, parts: Components) -> Tensor:
+    def _encode(self, video: Tensor | LazyVideo, inputs: ImageInputs, parts: Components) -> Tensor:
         import torch
 
         assert parts.vae is not None

@@ -11,10 +11,11 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffsynth.conditioning.argument import SOURCE, argument
-from diffsynth.conditioning.clips import Fit, about, check_length, check_picture, clip_to_tensor
+from diffsynth.conditioning.clips import Fit, about, check_length, check_picture, lazy_clip
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution, LatentPlan
 from diffsynth.conditioning.facts import DiTFacts
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffsynth.video import Frame
+    from diffsynth.video.lazy_video import LazyVideo
     from diffsynth.video.pixels import Frames
 
 logger = logging.getLogger("diffsynth")
@@ -177,20 +179,24 @@ class VaceConditioner:
         """(1, 2 z + s s, R + T, h, w)."""
         import torch
 
-        def encoded(video: Tensor) -> Tensor:
+        def encoded(video: Tensor | LazyVideo) -> Tensor:
             assert parts.vae is not None
             with torch.no_grad():
                 return parts.encode_video(video, tile_size=inputs.tile_size, tile_stride=inputs.tile_stride)
 
-        video, mask = _video_and_mask(inputs, geometry)
-        if video is None:
-            kept = made = encoded(torch.zeros(1, 3, geometry.num_frames, geometry.height, geometry.width))
+        mask = _mask(inputs, geometry)
+        if inputs.vace_video is None:
+            size = (geometry.num_frames, geometry.height, geometry.width)
+            kept = made = encoded(torch.zeros(1, 3, 1, 1, 1).expand(1, 3, *size))
         else:
-            # The split is hard, whatever greys the mask has; its channels keep them.
-            is_made = (mask > 0.5).to(video.dtype)
-            kept, made = encoded(video * (1 - is_made)), encoded(video * is_made)
+            video = lazy_clip(inputs.vace_video, geometry, name="vace_video", fit=inputs.fit)
+            kept, made = (encoded(_part_of(video, mask, is_made=is_made)) for is_made in (False, True))
         stride = geometry.height // geometry.latent_height
-        context = torch.cat([kept, made, mask_channels(mask, kept.shape[2], stride).to(kept)], dim=1)
+        shown = set(frames_shown(geometry.num_frames, kept.shape[2]))
+        channels = [
+            mask_channels(frame, stride).to(kept) for i, frame in enumerate(mask.read()) if i in shown
+        ]
+        context = torch.cat([kept, made, torch.cat(channels, dim=2)], dim=1)
         fronts = []
         for picture in inputs.references:
             canvas = reference_canvas(picture, geometry.height, geometry.width)
@@ -200,23 +206,24 @@ class VaceConditioner:
         return torch.cat([*fronts, context], dim=2)
 
 
-def mask_channels(mask: Tensor, num_latents: int, stride: int) -> Tensor:
-    """Lay the pixels of a mask into channels, and pick the frames that stand for a latent frame.
+def frames_shown(num_frames: int, num_latents: int) -> list[int]:
+    """The frame of the mask that stands for each latent frame, as "nearest-exact" picks it."""
+    return [(2 * latent + 1) * num_frames // (2 * num_latents) for latent in range(num_latents)]
+
+
+def mask_channels(mask: Tensor, stride: int) -> Tensor:
+    """Lay the pixels of a mask into channels.
 
     Args:
         mask: (1, 1, F, H, W) in [0, 1].
-        num_latents: T.
         stride: s.
 
     Returns:
-        (1, s s, T, H / s, W / s): channel s row + column holds that pixel of each s x s square.
+        (1, s s, F, H / s, W / s): channel s row + column holds that pixel of each s x s square.
     """
-    import torch.nn.functional as F
-
     height, width = mask.shape[3] // stride, mask.shape[4] // stride
     squares = mask[:, 0].reshape(*mask.shape[:1], mask.shape[2], height, stride, width, stride)
-    channels = squares.permute(0, 3, 5, 1, 2, 4).flatten(1, 2)  # (1, s s, F, h, w)
-    return F.interpolate(channels, size=(num_latents, height, width), mode="nearest-exact")
+    return squares.permute(0, 3, 5, 1, 2, 4).flatten(1, 2)
 
 
 def reference_canvas(picture: Frame, height: int, width: int) -> Tensor:
@@ -271,19 +278,32 @@ def _check_shapes(inputs: VaceInputs) -> None:
         )
 
 
-def _video_and_mask(inputs: VaceInputs, geometry: Geometry) -> tuple[Tensor | None, Tensor]:
-    """Video (1, 3, F, H, W) in [-1, 1] or None, and mask (1, 1, F, H, W) in [0, 1]."""
+def _mask(inputs: VaceInputs, geometry: Geometry) -> LazyVideo:
+    """(1, 1, F, H, W) in [0, 1]; without a mask all is made anew."""
     import torch
 
-    video = mask = None
-    if inputs.vace_video is not None:
-        video = clip_to_tensor(inputs.vace_video, geometry, name="vace_video", fit=inputs.fit)
-    if inputs.vace_video_mask is not None:
-        pixels = clip_to_tensor(inputs.vace_video_mask, geometry, name="vace_video_mask", fit=inputs.fit)
-        mask = ((pixels[:, :1] + 1) / 2).clamp(0.0, 1.0)
-    if mask is None:
-        mask = torch.ones(1, 1, geometry.num_frames, geometry.height, geometry.width)
-    return video, mask
+    from diffsynth.video.lazy_video import LazyVideo
+
+    shape = (1, 1, geometry.num_frames, geometry.height, geometry.width)
+    if inputs.vace_video_mask is None:
+        return LazyVideo(shape, lambda: repeat(torch.ones(1, 1, 1, *shape[3:]), shape[2]))
+    pixels = lazy_clip(inputs.vace_video_mask, geometry, name="vace_video_mask", fit=inputs.fit)
+    return LazyVideo(shape, lambda: (((frame[:, :1] + 1) / 2).clamp(0.0, 1.0) for frame in pixels.read()))
+
+
+def _part_of(video: LazyVideo, mask: LazyVideo, *, is_made: bool) -> LazyVideo:
+    """What of the video is made anew, or what is kept, and grey elsewhere.
+
+    The split is hard, whatever greys the mask has; its channels keep them.
+    """
+    from diffsynth.video.lazy_video import LazyVideo
+
+    def read() -> Iterator[Tensor]:
+        for frame, greys in zip(video.read(), mask.read(), strict=True):
+            share = (greys > 0.5).to(frame)
+            yield frame * (share if is_made else 1 - share)
+
+    return LazyVideo(video.shape, read)
 
 
 def _scales(inputs: VaceInputs) -> tuple[float, ...]:

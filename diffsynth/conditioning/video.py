@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from diffsynth.conditioning.argument import SOURCE, argument, names_read
-from diffsynth.conditioning.clips import Fit, check_length, clip_to_tensor
+from diffsynth.conditioning.clips import Fit, check_length, lazy_clip
 from diffsynth.conditioning.conditioner import Components, Geometry
 from diffsynth.conditioning.conditions import Contribution, LatentPlan
 from diffsynth.conditioning.facts import DiTFacts
@@ -76,7 +76,7 @@ class VideoConditioner:
         import torch
 
         assert parts.vae is not None and inputs.input_video is not None
-        video = clip_to_tensor(inputs.input_video, geometry, name="input_video", fit=self._fit(inputs))
+        video = lazy_clip(inputs.input_video, geometry, name="input_video", fit=self._fit(inputs))
         with torch.no_grad():
             start = parts.encode_video(video, tile_size=inputs.tile_size, tile_stride=inputs.tile_stride)
         return Contribution(latents=LatentPlan(start=start.expand(geometry.num_videos, -1, -1, -1, -1)))

@@ -26,6 +26,7 @@ from diffsynth.models.wan.vae_coding import CausalVAE
 from diffsynth.pipelines.adapters import with_adapters
 from diffsynth.pipelines.rungs import Tiling
 from diffsynth.pipelines.vae_encoding import VideoEncoder
+from diffsynth.video.lazy_video import LazyVideo
 from diffsynth.vram_management.plan import DiTSizes
 
 logger = logging.getLogger("diffsynth")
@@ -64,7 +65,7 @@ class PipelineComponents:
 
     def encode_video(
         self,
-        video: Tensor,
+        video: Tensor | LazyVideo,
         *,
         tile_size: tuple[int, int] | None = None,
         tile_stride: tuple[int, int] | None = None,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,9 @@ from diffsynth.conditioning.text import TextConditioner, TextInputs
 from diffsynth.errors import ArgumentError, MissingModelError
 from diffsynth.pipelines.rungs import Tiling
 from diffsynth.sampling.flow_match import FlowMatchScheduler
-from diffsynth.video import frames_to_tensor, tensor_to_frames, to_pil
+from diffsynth.video import tensor_to_frames, to_pil
+from diffsynth.video.lazy_video import LazyVideo
+from diffsynth.video.pixels import normalised_frames
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -113,18 +115,11 @@ class V1Methods:
         vae = self.parts.vae
         if vae is None:
             raise MissingModelError(f"No VAE is loaded; load {self.parts.facts.vae_file}.")
-        if isinstance(input_video, Tensor):
-            pixels = input_video
-        else:
-            frames = list(input_video)
-            if not frames:
-                raise ArgumentError("input_video holds no frame.")
-            width, height = frames[0].size
-            pixels = frames_to_tensor(frames, height, width)
+        pixels = input_video.float() if isinstance(input_video, Tensor) else _lazy(input_video)
         with self._alone(), self._residency.use("vae"):
             self.parts.tiled = None
             return self.parts.encode_video(
-                pixels.float(),
+                pixels,
                 tile_size=tile_size if tiled else None, tile_stride=tile_stride if tiled else None,
             )  # fmt: skip
 
@@ -179,3 +174,15 @@ class V1Methods:
         """Let all weights rest on the host; each network comes to the device for its phase."""
         with self._resting():
             self._memory.rest_on_host()
+
+
+def _lazy(video: Iterable[Image]) -> LazyVideo:
+    frames: Any = list(video) if isinstance(video, Iterator) else video
+    if not len(frames):
+        raise ArgumentError("input_video holds no frame.")
+    width, height = frames[0].size
+
+    def read() -> Iterator[Tensor]:
+        return (plane[None, :, None] for plane in normalised_frames(frames, height, width))
+
+    return LazyVideo((1, 3, len(frames), height, width), read)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffsynth.ops.convolution import warn_of_slow_convolutions
 from diffsynth.pipelines.rungs import Rung, Tiling, ladder, make_room, on_cpu, step_down
+from diffsynth.video.lazy_video import LazyVideo
 
 
 class EncodingVAE(Protocol):
@@ -23,7 +24,7 @@ class EncodingVAE(Protocol):
 
     def encode(
         self,
-        video: Tensor,
+        video: Tensor | LazyVideo,
         *,
         tile_size: tuple[int, int] | None = None,
         tile_stride: tuple[int, int] | None = None,
@@ -40,7 +41,7 @@ class VideoEncoder:
     tiled_by_plan: bool = False  # see `ladder`
 
     @torch.no_grad()
-    def latents(self, video: Tensor) -> Tensor:
+    def latents(self, video: Tensor | LazyVideo) -> Tensor:
         """Return the mean of the latent, (B, C, T, h, w) float32 on the device.
 
         Args:
@@ -61,7 +62,7 @@ class VideoEncoder:
             make_room()
         raise AssertionError("the last rung returns or raises")
 
-    def _encoded(self, video: Tensor, rung: Rung) -> Tensor:
+    def _encoded(self, video: Tensor | LazyVideo, rung: Rung) -> Tensor:
         stride = None if rung.tile_size is None else rung.tile_stride
         with on_cpu(self.vae) if rung.is_on_cpu else nullcontext():
             return self.vae.encode(video, tile_size=rung.tile_size, tile_stride=stride)

@@ -115,7 +115,28 @@ def frames_to_tensor(
     name: str = "frames",
     advice: str = "",
 ) -> Tensor:
-    """Return pictures as the tensor that networks ask for.
+    """Return pictures as the tensor that networks ask for: those of `normalised_frames`, stacked.
+
+    Returns:
+        (1, 3, F, height, width) float32 in [-1, 1].
+    """
+    import torch
+
+    planes = normalised_frames(frames, height, width, resize, log=log, name=name, advice=advice)
+    return torch.stack(list(planes), dim=1)[None]
+
+
+def normalised_frames(
+    frames: Frames | Frame,
+    height: int,
+    width: int,
+    resize: Resize = "cover",
+    *,
+    log: bool = True,
+    name: str = "frames",
+    advice: str = "",
+) -> Iterator[Tensor]:
+    """Yield pictures, one by one, as networks ask for them.
 
     Frames of another size are brought to the asked one (bicubic), as VideoData does, and the log says so, as
     it says what else had to be changed: EXIF turns, transparency (over white), grey, CMYK, 16 bits.
@@ -128,33 +149,30 @@ def frames_to_tensor(
         width: in pixels.
         resize: "cover" crops in the middle to the asked shape first, "stretch" gives up the proportions,
             "contain" shows the whole picture between black bars.
-        log: say it; False where the same pictures are read a second time.
+        log: say it, at the end; False where the same pictures are read a second time.
         name: of the input, for the log.
         advice: how to lose nothing of a picture of other proportions, for the log.
 
-    Returns:
-        (1, 3, F, height, width) float32 in [-1, 1].
+    Yields:
+        (3, height, width) float32 in [-1, 1], of each frame.
 
     Raises:
         ArgumentError: when there is no frame, frames are of unequal sizes, a frame has a wrong shape, type or
             range, or ``resize`` is unknown.
     """
-    import torch
-
     if resize not in RESIZES:
         raise ArgumentError(f"resize is {resize!r}; known: {', '.join(RESIZES)}.")
-    planes: list[Tensor] = []
     notes: set[str] = set()
     first: tuple[int, int] | None = None
     for index, frame in enumerate(iterate_frames(frames)):
         plane, size = _normalised(frame, index, (height, width), resize, notes)
-        planes.append(plane)
         first = first or size
         if size != first:
             raise ArgumentError(
                 f"frame {index} is {size[1]}x{size[0]} and frame 0 {first[1]}x{first[0]}; give frames of one "
                 "size (VideoData(..., height=, width=) crops and resizes each)."
             )
+        yield plane
     if first is None:
         raise ArgumentError("frames is empty; give one frame or more.")
     if log and notes:
@@ -167,7 +185,6 @@ def frames_to_tensor(
             name, first[1], first[0], "were" if name == "frames" else "was", _HOW[resize], width, height,
             advice if is_cut else "",
         )  # fmt: skip
-    return torch.stack(planes, dim=1)[None]
 
 
 def has_other_proportions(size: tuple[int, int], height: int, width: int) -> bool:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import resource
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from diffsynth.cli import doctor
+from diffsynth.conditioning.clips import lazy_clip
+from diffsynth.conditioning.conditioner import Geometry
 from diffsynth.models.wan.vae import WanVideoVAE
 from diffsynth.models.wan.vae22 import WanVideoVAE22
 from diffsynth.models.wan.vae_coding import CausalVAE
@@ -15,6 +21,7 @@ from diffsynth.ops import convolution
 from diffsynth.pipelines.decoding import VideoDecoder
 from diffsynth.pipelines.rungs import Tiling
 from diffsynth.pipelines.vae_encoding import VideoEncoder
+from diffsynth.video import VideoData, save_video
 from diffsynth.vram_management.plan import layers_of_module, plan_memory
 from tests.fake_cuda import controls
 
@@ -114,3 +121,41 @@ def test_every_convolution_runs_channels_last(kind: type[WanVideoVAE | WanVideoV
     vae.decode(torch.empty(1, vae.z_dim, 3, 4, 6, device=CUDA))
     assert len(answers.convolutions) > 200
     assert not [shapes for *shapes, is_last in answers.convolutions if not is_last]
+
+
+def free_memory_goes_back() -> None:
+    """Let glibc give freed pictures back at once: else it learns to keep them, and RSS tells of that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+
+
+def host_peak_mib() -> float:
+    """Of this process, ever: the most host memory that was in use at once."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1 << 20)
+
+
+def peaks_of_1080p(vae: CausalVAE, num_frames: int, folder: Path) -> tuple[float, float]:
+    """MiB of host and device: latents into a video file, and that file into latents."""
+    torch.cuda.reset_peak_memory_stats()
+    path, num_latents = folder / f"{num_frames}.mp4", (num_frames - 1) // 4 + 1
+    latents = torch.empty(1, 16, num_latents, 136, 240, device=CUDA)
+    frames = VideoDecoder(vae=vae, device=CUDA, tiling=Tiling(False)).frames(latents)
+    save_video(frames, path, crf=40, ffmpeg_params=["-preset", "ultrafast"])
+    geometry = Geometry(
+        num_videos=1, num_frames=num_frames, height=1088, width=1920, latent_channels=16,
+        latent_frames=num_latents, latent_height=136, latent_width=240,
+    )  # fmt: skip
+    clip = lazy_clip(VideoData(path), geometry, name="input_video", fit=None)
+    encoded = VideoEncoder(vae=vae, device=CUDA, tiling=Tiling(False)).latents(clip)
+    assert encoded.shape == latents.shape
+    return host_peak_mib(), torch.cuda.max_memory_allocated() / 2**20
+
+
+@pytest.mark.slow
+def test_401_frames_of_1080p_take_the_memory_of_101(vae: CausalVAE, tmp_path: Path) -> None:
+    free_memory_goes_back()
+    (host, device), (host_of_long, device_of_long) = (peaks_of_1080p(vae, n, tmp_path) for n in (101, 401))
+    latents_mib = 75 * 16 * 136 * 240 * 4 / 2**20  # of the frames that there are more
+    # on the device normalised ones, and chunks and their sum; a frame held on the host would be 6 MiB each
+    assert device_of_long - device < 4 * latents_mib
+    assert host_of_long - host < 200

@@ -27,6 +27,7 @@ from diffsynth.models.wan.vae_layers import (
     channels_last,
 )
 from diffsynth.ops.tiling import Tile, blend_mask, tile_starts
+from diffsynth.video.lazy_video import LazyVideo
 
 TEMPORAL_STRIDE = 4  # frames of a latent frame, except of the first, which is one frame
 
@@ -157,7 +158,7 @@ class CausalVAE(nn.Module):
 
     def encode(
         self,
-        video: Tensor,
+        video: Tensor | LazyVideo,
         *,
         normalise: bool = True,
         tile_size: tuple[int, int] | None = None,
@@ -168,7 +169,8 @@ class CausalVAE(nn.Module):
 
         Args:
             video: (B, 3, F, H, W) in [-1, 1], or as bytes, on any device: frames go to that of the weights a
-                chunk at a time. F = 4 k + 1, H and W multiples of S.
+                chunk at a time, and are made then if it is lazy, except in tiles, which need all frames many
+                times. F = 4 k + 1, H and W multiples of S.
             normalise: subtract the latent's mean and divide by its deviation, channel by channel.
             tile_size: height and width of a tile in latent positions; None codes the whole picture.
             tile_stride: distance between tiles, at most ``tile_size``; the rest is overlap, blended.
@@ -182,6 +184,7 @@ class CausalVAE(nn.Module):
         if tile_size is None:
             latents = torch.cat(list(self._encode_chunks(video, chunk_frames)), dim=2)
         else:
+            video = video.whole() if isinstance(video, LazyVideo) else video
             stride = self.spatial_stride
             size = (video.shape[3] // stride, video.shape[4] // stride)
             coded = (
@@ -249,11 +252,13 @@ class CausalVAE(nn.Module):
         for chunk in torch.split(latents, max(1, chunk_latents), dim=2):
             yield self.decoder(self.conv2(self._ready(chunk)), history).float()
 
-    def _encode_chunks(self, video: Tensor, chunk_frames: int) -> Iterator[Tensor]:
+    def _encode_chunks(self, video: Tensor | LazyVideo, chunk_frames: int) -> Iterator[Tensor]:
         history = History()
         step = max(TEMPORAL_STRIDE, chunk_frames // TEMPORAL_STRIDE * TEMPORAL_STRIDE)
-        later = torch.split(video[:, :, 1:], step, dim=2) if video.shape[2] > 1 else ()
-        for chunk in (video[:, :, :1], *later):
+        num_later = video.shape[2] - 1
+        lengths = [1, *(min(step, num_later - begin) for begin in range(0, num_later, step))]
+        chunks = video.chunks(lengths) if isinstance(video, LazyVideo) else torch.split(video, lengths, dim=2)
+        for chunk in chunks:
             moments = self.conv1(self.encoder(self._ready(chunk), history))
             yield moments[:, : self.z_dim].float()
 
@@ -270,9 +275,9 @@ class CausalVAE(nn.Module):
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
 
-def check_video_shape(video: Tensor, spatial_stride: int) -> None:
+def check_video_shape(video: Tensor | LazyVideo, spatial_stride: int) -> None:
     """Raise ArgumentError unless the video is (B, 3, 4 k + 1, S h, S w)."""
-    if video.ndim != 5 or video.shape[1] != 3:
+    if len(video.shape) != 5 or video.shape[1] != 3:
         raise ArgumentError(f"video has shape {tuple(video.shape)}; expected (B, 3, F, H, W).")
     num_frames, height, width = video.shape[2:]
     if num_frames % TEMPORAL_STRIDE != 1:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffsynth.conditioning.clips import clip_to_tensor, fitted_frames
+from diffsynth.conditioning.clips import lazy_clip
 from diffsynth.conditioning.conditioner import Geometry
 from diffsynth.errors import ArgumentError
 
@@ -26,7 +26,7 @@ def pictures(count: int) -> list[Image.Image]:
 
 
 def levels(frames: Any, fit: Any = None) -> list[int]:
-    video = clip_to_tensor(frames, GEOMETRY, name="control_video", fit=fit)
+    video = lazy_clip(frames, GEOMETRY, name="control_video", fit=fit).whole()
     assert video.shape == (1, 3, 5, 16, 32) and video.dtype == torch.float32
     return ((video[0, 0, :, 0, 0] + 1) * 127.5).round().int().tolist()
 
@@ -104,4 +104,4 @@ def test_a_wrong_length_is_told_before_a_frame_is_read() -> None:
             raise AssertionError("a frame was asked for")
 
     with pytest.raises(ArgumentError, match="has 9 frames"):
-        fitted_frames(Unread(pictures(9)), GEOMETRY, name="control_video", fit=None)
+        lazy_clip(Unread(pictures(9)), GEOMETRY, name="control_video", fit=None)

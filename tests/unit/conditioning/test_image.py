@@ -23,6 +23,7 @@ from diffsynth.conditioning.image import (
 )
 from diffsynth.errors import ArgumentError, MissingModelError, UnusedInputError
 from diffsynth.pipelines.unread import refuse_unreadable, require_encoder
+from diffsynth.video.lazy_video import LazyVideo
 
 I2V = {"mask": 4, "image": 16}
 
@@ -52,8 +53,9 @@ class Parts:
     def vae(self) -> Any:
         return object()
 
-    def encode_video(self, video: torch.Tensor, **tiles: object) -> torch.Tensor:
+    def encode_video(self, video: torch.Tensor | LazyVideo, **tiles: object) -> torch.Tensor:
         """Every fourth frame, one pixel of 8 x 8, the mean of its colours on 16 channels."""
+        video = video.whole() if isinstance(video, LazyVideo) else video
         return video[:, :, ::4, ::8, ::8].mean(1, keepdim=True).expand(-1, 16, -1, -1, -1)
 
 

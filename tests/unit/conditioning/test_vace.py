@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffsynth.conditioning.vace import mask_channels, reference_canvas
+from diffsynth.conditioning.vace import frames_shown, mask_channels, reference_canvas
 from diffsynth.errors import ArgumentError, UnusedInputError
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from tests.vace_toys import vace_pipeline
@@ -125,7 +125,7 @@ def test_model_without_vace_says_which_to_load(toy_folder: Path, name: str) -> N
 
 def test_mask_channels_are_pixels_of_a_square() -> None:
     mask = torch.arange(5.0)[:, None, None] * 100 + torch.arange(64.0).view(8, 8).repeat(2, 3)
-    channels = mask_channels(mask[None, None], 2, 8)
+    channels = mask_channels(mask[None, None, frames_shown(5, 2)], 8)
     assert channels.shape == (1, 64, 2, 2, 3)
     # nearest-exact: latent frame t shows frame floor((t + 0.5) 5 / 2)
     assert torch.equal(channels[0, :, :, 1, 2], torch.arange(64.0)[:, None] + torch.tensor([100.0, 300.0]))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffsynth.conditioning.camera import moved_poses
-from diffsynth.conditioning.clips import clip_to_tensor
+from diffsynth.conditioning.clips import lazy_clip
 from diffsynth.errors import ArgumentError, ConfigurationError, DiffSynthError, UnusedInputError
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.models.wan.adapters.camera import CameraAdapter, CameraConfig
@@ -205,7 +205,7 @@ def test_the_control_plane_is_the_latent_of_the_video(make: Make, tmp_path: Path
     plane, negative = given.planes["control"]
     with torch.no_grad():
         expected = pipe.parts.vae.encode(  # type: ignore[union-attr]
-            clip_to_tensor(VIDEO, request.geometry, name="control_video", fit=None)
+            lazy_clip(VIDEO, request.geometry, name="control_video", fit=None).whole()
         )
     assert negative is None and plane.shape == (2, 16, 2, 2, 4)
     assert torch.equal(plane[0], expected[0]) and torch.equal(plane[1], expected[0])
