@@ -15,6 +15,7 @@ from diffsynth.checkpoints.detect import detect
 from diffsynth.checkpoints.files import group_files
 from diffsynth.checkpoints.pairs import LOW, is_dit, roles_of
 from diffsynth.cli.flags import TORCH_NAMES
+from diffsynth.conditioning.facts import DiTFacts
 from diffsynth.errors import (
     AmbiguousModelError,
     ArgumentError,
@@ -23,6 +24,7 @@ from diffsynth.errors import (
     MissingModelError,
 )
 from diffsynth.models.registry import ARCHITECTURES, NOT_PLANNED
+from diffsynth.models.wan.facts import facts_in
 from diffsynth.pipelines.usual import usual_values_of
 from diffsynth.vram_management.plan import (
     DiTSizes,
@@ -39,7 +41,6 @@ GIB = 2**30
 MAX_TOKENS = 1024  # along time, height or width: the length of Wan's own table of positions
 FRAMES_OF_A_LATENT = 4
 USUAL = -(10**18)  # a size that the model says: no number that anybody gives
-STRIDE_22 = 16  # pixels along an edge of a latent position, of the Wan2.2 VAE
 STORED = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp8": "F8_E4M3"}
 IMAGE_TOKENS = 257  # of a picture, from the Wan2.1 image encoder
 
@@ -86,18 +87,16 @@ class Parts:
     def filled(self, request: PlanRequest) -> PlanRequest:
         """The request with the sizes that a call would have, where it names none."""
         dit = self.matches.get("dit")
-        stride = 8 if dit is None else DiTSizes.from_config(dit.require_config()).spatial_stride
+        facts = facts_in(self.matches.values()) or DiTFacts()
         usual = usual_values_of(
             "t2v" if dit is None else dit.family, has_two_experts="dit_low_noise" in self.matches,
-            is_22=stride == STRIDE_22, told={} if dit is None else dit.generation,
+            is_22=facts.holds_first_frame, told={} if dit is None else dit.generation,
         )  # fmt: skip
         height, width, num_frames = (
             int(str(usual[name])) if getattr(request, name) == USUAL else getattr(request, name)
             for name in ("height", "width", "num_frames")
         )
-        multiple = stride * 2  # a token is 2 x 2 latent positions
-        if dit is not None and isinstance(patch := dit.require_config().get("patch_size"), (tuple, list)):
-            multiple = stride * int(patch[1])
+        multiple = facts.spatial_stride * facts.patch[0]
         return replace(
             request,
             height=_snapped("--height", height, multiple),

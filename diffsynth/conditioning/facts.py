@@ -17,8 +17,9 @@ class DiTFacts:
     has_image_positions: bool = False  # image tokens have learned positions: of a first and a last frame
     holds_first_frame: bool = False  # a given first frame is a latent that stays clean, with its own clock
     patch: tuple[int, int] = (2, 2)  # latent rows and columns of a token
+    spatial_stride: int = 8  # pixels along an edge of a latent position, of the VAE that it was made for
     adapters: frozenset[str] = frozenset()  # names of those beside the DiT
-    vae_file: str = "Wan2.1_VAE.pth"  # name of the released file of the VAE that it was made for
+    vae_file: str = "Wan2.1_VAE.pth"  # name of that VAE's released file
 
     @property
     def has_image_branch(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -27,7 +27,6 @@ from diffsynth.pipelines.adapters import with_adapters
 from diffsynth.pipelines.rungs import Tiling
 from diffsynth.pipelines.vae_encoding import VideoEncoder
 from diffsynth.video.lazy_video import LazyVideo
-from diffsynth.vram_management.plan import DiTSizes
 
 logger = logging.getLogger("diffsynth")
 
@@ -95,9 +94,7 @@ class PipelineComponents:
     @property
     def spatial_stride(self) -> int:
         """Pixels along an edge of a latent position: the VAE's, or of the one that the DiT was made for."""
-        if self.vae is not None or self.high is None:
-            return 8 if self.vae is None else self.vae.spatial_stride
-        return DiTSizes.from_config(asdict(self.high.dit.config)).spatial_stride
+        return self.facts.spatial_stride if self.vae is None else self.vae.spatial_stride
 
     def networks(self) -> dict[str, torch.nn.Module | None]:
         """By the names under which they visit the device."""

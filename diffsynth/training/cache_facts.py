@@ -6,11 +6,14 @@ from dataclasses import dataclass, fields
 
 from diffsynth.conditioning.facts import DiTFacts
 from diffsynth.models.wan.dit_config import MASK_CHANNELS, VAE22_CHANNELS
-from diffsynth.models.wan.facts import VAE_FILES
+from diffsynth.models.wan.facts import STRIDES, VAE_FILES
 from diffsynth.pipelines.components import PipelineComponents
 
 TEXT_TO_VIDEO = DiTFacts()
-TI2V_5B = DiTFacts(latent_channels=VAE22_CHANNELS, holds_first_frame=True, vae_file=VAE_FILES[True])
+TI2V_5B = DiTFacts(
+    latent_channels=VAE22_CHANNELS, holds_first_frame=True, spatial_stride=STRIDES[True],
+    vae_file=VAE_FILES[True],
+)  # fmt: skip
 # What DiffSynth-Studio v1 encodes for when it is given an image encoder: Wan2.1 I2V-14B.
 IMAGE_TO_VIDEO = DiTFacts(planes={"mask": MASK_CHANNELS, "image": 16}, image_dim=1280)
 

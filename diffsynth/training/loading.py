@@ -116,7 +116,7 @@ def model_fps(facts: DiTFacts) -> float:
 
 def plan_data(config: TrainConfig, facts: DiTFacts) -> DatasetPlan:
     """Which clips are made of the data, for this model's rate and grid."""
-    stride = 16 if facts.latent_channels == VAE22_CHANNELS else 8
+    stride = facts.spatial_stride
     output = Path(config.run.output)
     return plan_dataset(
         config.data, model_fps=model_fps(facts),

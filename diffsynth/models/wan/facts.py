@@ -11,7 +11,9 @@ from diffsynth.checkpoints.pairs import is_dit
 from diffsynth.conditioning.facts import DiTFacts
 from diffsynth.models.wan.dit_config import VAE22_CHANNELS, DiTConfig
 
-VAE_FILES = {False: "Wan2.1_VAE.pth", True: "Wan2.2_VAE.pth"}  # whether the DiT is made for 48 channels
+# whether the DiT is made for the 48 channels of the Wan2.2 VAE
+VAE_FILES = {False: "Wan2.1_VAE.pth", True: "Wan2.2_VAE.pth"}
+STRIDES = {False: 8, True: 16}
 
 
 def facts_of(config: DiTConfig, adapters: Iterable[str] = ()) -> DiTFacts:
@@ -30,6 +32,7 @@ def facts_of(config: DiTConfig, adapters: Iterable[str] = ()) -> DiTFacts:
         holds_first_frame=config.holds_first_frame,
         patch=config.patch_size[1:],
         adapters=frozenset(adapters),
+        spatial_stride=STRIDES[config.out_dim == VAE22_CHANNELS],
         vae_file=VAE_FILES[config.out_dim == VAE22_CHANNELS],
     )
 
