@@ -255,9 +255,13 @@ def counted_row(figure: str, work: Work) -> Row:
     return Row(figure=figure, unit="launches", ours=[found.launches], notes=notes, extra=found.as_numbers())
 
 
-def host_row(model: str, size: VideoSize, repeats: int) -> Row:
+def host_figure(model: str) -> str:
+    return f"DiT {model} {HOST[model]}: guided step, host time"
+
+
+def host_row(model: str, repeats: int) -> Row:
     """Host time of a guided step, against diffusers' pipeline on the same weights."""
-    pipe = dit_pipeline(model)
+    pipe, size = dit_pipeline(model), SIZES[HOST[model]]
     theirs = peer_call(pipe, size)
 
     def ours(mark: Mark) -> None:
@@ -272,7 +276,7 @@ def host_row(model: str, size: VideoSize, repeats: int) -> Row:
             if turn:
                 seconds[name].append(times[1] - times[0])
     return Row(
-        figure=f"DiT {model} {size.name}: guided step, host time", unit="ms",
+        figure=host_figure(model), unit="ms",
         ours=milliseconds(seconds["ours"]), peer_name="diffusers' pipeline",
         peer=milliseconds(seconds["diffusers"]), notes="resident bf16, generated",
     )  # fmt: skip
@@ -311,6 +315,12 @@ def main(words: list[str] | None = None) -> None:
     arguments.add_argument("--no-host", action="store_true", help="no host times")
     words = sys.argv[1:] if words is None else words
     given = arguments.parse_args(words)
+    chosen = {name: make for name, make in works().items() if given.only in name}
+    timed = {host_figure(model): model for model in HOST if not given.no_host}
+    timed = {name: model for name, model in timed.items() if given.only in name}
+    if not chosen and not timed:
+        known = "\n  ".join([*works(), *map(host_figure, HOST)])
+        arguments.error(f"--only {given.only!r}: no figure has it in its name. They are\n  {known}")
     if not build.is_loaded():
         if why := build.why_not():
             sys.exit(f"No figures: {why}.")
@@ -320,11 +330,10 @@ def main(words: list[str] | None = None) -> None:
     print("Counted on a simulated GPU; no GPU of this machine is used.")
     logging.getLogger("diffsynth").setLevel(logging.ERROR)
     controls.copies_move_bytes(False)
-    for name, make in works().items():
-        if given.only in name:
-            report("counts", [counted_row(name, make())], given.out, 1)
-    for model, size in HOST.items() if not given.no_host else ():
-        report("counts", [host_row(model, SIZES[size], given.repeats)], given.out, 1)
+    for name, make in chosen.items():
+        report("counts", [counted_row(name, make())], given.out, 1)
+    for model in timed.values():
+        report("counts", [host_row(model, given.repeats)], given.out, 1)
 
 
 if __name__ == "__main__":
