@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from diffsynth.conditioning.registry import CONDITIONERS
@@ -14,8 +16,20 @@ from diffsynth.vram_management.memory_plan import MemoryPlan
 GIB = 2**30
 
 
-def describe(parts: PipelineComponents, precision: str, memory: MemoryPlan | None = None) -> str:
-    """Lines of text: networks, experts, kernels, memory, inputs, defaults."""
+def describe(
+    parts: PipelineComponents,
+    precision: str,
+    memory: MemoryPlan | None = None,
+    locked: Mapping[str, int] | None = None,
+) -> str:
+    """Lines of text: networks, experts, kernels, memory, inputs, defaults.
+
+    Args:
+        parts: of the pipeline.
+        precision: of the pipeline.
+        memory: the plan that holds.
+        locked: bytes of host memory that are pinned for networks which come as a whole, by network.
+    """
     lines = [f"WanVideoPipeline on {parts.device}, {dtype_name(parts.dtype)}, precision {precision!r}"]
     for name, network in parts.networks().items():
         lines.append(f"  {name}: {'not loaded' if network is None else _network(network)}")
@@ -39,6 +53,7 @@ def describe(parts: PipelineComponents, precision: str, memory: MemoryPlan | Non
     lines += [f"  {line}" for line in describe_loras(parts)]
     if memory is not None:
         lines += [f"  {line}" for line in describe_memory(memory)]
+    lines += [f"  {line}" for line in _pinned(memory, locked or {})]
     read = sorted(name for name, conditioner in CONDITIONERS.items() if conditioner.reads(parts.facts))
     lines.append("  inputs: " + ", ".join(read))
     if parts.generation:
@@ -67,6 +82,13 @@ def describe_memory(plan: MemoryPlan) -> list[str]:
             how = "stays on the device" if network.where == "resident" else "comes for its phase"
             lines.append(f"  {name}: {how}")
     return [*lines, *(f"  {note}" for note in plan.notes)]
+
+
+def _pinned(plan: MemoryPlan | None, locked: Mapping[str, int]) -> list[str]:
+    streamed = 0 if plan is None else plan.pinned_bytes
+    sizes = {**locked, **({"streamed blocks": streamed} if streamed else {})}
+    told = ", ".join(f"{name} {num_bytes / GIB:.2f}" for name, num_bytes in sizes.items())
+    return [f"pinned host memory: {sum(sizes.values()) / GIB:.2f} GiB ({told})"] if sizes else []
 
 
 def _network(network: nn.Module) -> str:

@@ -245,7 +245,7 @@ class WanVideoPipeline(NetworkAttributes, LoRAMethods, ExpertMethods, V1Methods)
 
     def describe(self) -> str:
         """What is loaded, how it computes, what inputs it reads and which defaults a call has."""
-        return describe(self.parts, self.precision, self.memory_plan)
+        return describe(self.parts, self.precision, self.memory_plan, self._residency.locked_bytes())
 
     def interrupt(self) -> None:
         """Stop the running call after its current step; it returns what the latents show by then."""

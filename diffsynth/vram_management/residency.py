@@ -16,7 +16,7 @@ from diffsynth.ops.devices import on_stream
 from diffsynth.vram_management.choices import LOW_NOISE
 from diffsynth.vram_management.flat import bind
 from diffsynth.vram_management.fp8 import widening
-from diffsynth.vram_management.host_memory import host_has_room, lasting_memory, lock_tensors
+from diffsynth.vram_management.host_memory import host_has_room, is_locked, lasting_memory, lock_tensors
 from diffsynth.vram_management.slots import StreamCounts
 from diffsynth.vram_management.streaming import stream_blocks
 from diffsynth.vram_management.visit import in_order
@@ -112,6 +112,12 @@ class _Whole:
                 lock_tensors(absent, self._device)
             except PinnedMemoryError as error:
                 logger.info("%s What is left travels from plain memory, more slowly.", error)
+
+    @property
+    def locked_bytes(self) -> int:
+        """Of the host's memory, locked for it."""
+        resting = [value for _, value in self._resting] or [tensor.data for tensor in self._tensors]
+        return sum(value.nbytes for value in resting if value.device.type == "cpu" and is_locked(value))
 
     def _absent(self) -> list[Tensor]:
         return [tensor for tensor in self._tensors if tensor.device != self._device]
@@ -278,6 +284,13 @@ class Residency:
             self._guests[name].close()
         self._inside, self._ahead, self._guests = set(), set(), {}
         self.arrange({})
+
+    def locked_bytes(self) -> dict[str, int]:
+        """Of the host's memory, locked for networks that come as a whole, beside what a plan counts."""
+        found = {
+            name: guest.locked_bytes for name, guest in self._guests.items() if isinstance(guest, _Whole)
+        }
+        return {name: num_bytes for name, num_bytes in found.items() if num_bytes}
 
     def counts(self, name: str) -> StreamCounts | None:
         """What was streamed of a network; None when it is not streamed."""

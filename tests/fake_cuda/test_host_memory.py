@@ -125,6 +125,12 @@ def test_a_network_that_comes_again_comes_from_locked_memory() -> None:
     assert first.locks == 0, "one visit is not worth it"
     assert third.pageable_bytes < first.pageable_bytes / 10
     assert third.locks == 0
+    found = pipe._residency.locked_bytes()  # the VAE has no visit here
+    assert found == {
+        name: sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
+        for name, network in (("dit", pipe.dit), ("text_encoder", pipe.text_encoder))
+    }
+    assert "pinned host memory" in pipe.describe()
 
 
 def test_limits_after_a_call_move_no_weights_back_to_the_host(caplog: pytest.LogCaptureFixture) -> None:

@@ -159,3 +159,26 @@ def test_401_frames_of_1080p_take_the_memory_of_101(vae: CausalVAE, tmp_path: Pa
     # on the device normalised ones, and chunks and their sum; a frame held on the host would be 6 MiB each
     assert device_of_long - device < 4 * latents_mib
     assert host_of_long - host < 200
+
+
+LADDER = [  # GiB of the card, and how often at least the decode and the encode of 480P step down
+    pytest.param(4, 0, 0, marks=pytest.mark.slow), pytest.param(3, 1, 0),
+    pytest.param(2, 1, 1, marks=pytest.mark.slow), pytest.param(1, 2, 1, marks=pytest.mark.slow),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("card", "decode_steps", "encode_steps"), LADDER)
+def test_a_card_of_few_gib_decodes_and_encodes_480p(
+    card: int, decode_steps: int, encode_steps: int, vae: CausalVAE, caplog: pytest.LogCaptureFixture
+) -> None:
+    controls.device_memory(card * GIB)
+    torch.cuda.reset_peak_memory_stats()
+    with caplog.at_level(logging.WARNING, logger="diffsynth"):
+        decoder = VideoDecoder(vae=vae, device=CUDA, tiling=Tiling())
+        assert len(list(decoder.frames(torch.empty(1, 16, 3, 60, 104, device=CUDA)))) == 9
+        assert caplog.text.count("while decoding") >= decode_steps
+        encoder = VideoEncoder(vae=vae, device=CUDA, tiling=Tiling())
+        assert encoder.latents(host_video(9, 480, 832)).shape == (1, 16, 3, 60, 104)
+        assert caplog.text.count("while encoding") >= encode_steps
+    assert "on the CPU" not in caplog.text
+    assert torch.cuda.max_memory_allocated() <= card * GIB
