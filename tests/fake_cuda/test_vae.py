@@ -175,7 +175,9 @@ def test_a_card_of_few_gib_decodes_and_encodes_480p(
     torch.cuda.reset_peak_memory_stats()
     with caplog.at_level(logging.WARNING, logger="diffsynth"):
         decoder = VideoDecoder(vae=vae, device=CUDA, tiling=Tiling())
-        assert len(list(decoder.frames(torch.empty(1, 16, 3, 60, 104, device=CUDA)))) == 9
+        latents = torch.empty(1, 16, 3, 60, 104, device=CUDA)
+        # Tensors: pictures are looked through for NaN, and here they hold anything.
+        assert decoder.videos(latents, "pt", is_batch=False).shape == (1, 9, 3, 480, 832)
         assert caplog.text.count("while decoding") >= decode_steps
         encoder = VideoEncoder(vae=vae, device=CUDA, tiling=Tiling())
         assert encoder.latents(host_video(9, 480, 832)).shape == (1, 16, 3, 60, 104)
