@@ -71,11 +71,17 @@ def argument(default: Any, *, help: str, kind: Kind, **more: Any) -> Any:
         help: one or two sentences for people; another argument stands in backticks.
         kind: what a value is.
         more: the other fields of `Argument`.
+
+    Raises:
+        TypeError, ValueError: for a key or a word that `Argument` does not know.
     """
     told = {"default": default, "help": help, "kind": kind, **more}
-    Argument(name="", type="", **told)  # an unknown key fails where it is written
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind is {kind!r}; known: {', '.join(get_args(Kind))}.")
+    made = Argument(name="", type="", **told)  # an unknown key or word fails where it is written
+    words = {"kind": get_args(Kind), "scope": get_args(Scope), "refined": get_args(Refined),
+             "group": (*GROUPS, None)}  # fmt: skip
+    for key, known in words.items():
+        if getattr(made, key) not in known:
+            raise ValueError(f"{key} is {getattr(made, key)!r}; known: {', '.join(map(str, known))}.")
     return field(default=default, metadata={"argument": told})
 
 

@@ -114,6 +114,8 @@ def test_a_field_that_nothing_declares_or_two_declare_is_a_mistake_of_ours() -> 
         argument(1, help="How deep.", kind="whole", unti="m")
     with pytest.raises(ValueError, match="kind is 'hole'"):
         argument(1, help="How deep.", kind="hole")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="scope is 'clips'; known: clip, run"):
+        argument(1, help="How deep.", kind="whole", scope="clips")
 
 
 def test_an_adapter_stands_in_the_registry_under_its_own_name() -> None:
