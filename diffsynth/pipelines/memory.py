@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from diffsynth.conditioning.registry import CONDITIONERS
 from diffsynth.errors import ArgumentError
 from diffsynth.pipelines.components import PipelineComponents
 from diffsynth.pipelines.request import TEMPORAL_STRIDE, VideoRequest, usual_values
@@ -96,16 +97,21 @@ class CallSizes:
     num_frames: int
     num_videos: int = 1
     num_branches: int = 2  # sides of the guidance
+    encodes: bool | None = (
+        None  # the VAE codes what is given; None: where the networks may be given something
+    )
 
 
-def sizes_of(request: VideoRequest) -> CallSizes:
+def sizes_of(request: VideoRequest, parts: PipelineComponents) -> CallSizes:
     """The sizes of a call."""
     is_guided = request.cfg_scale != 1.0 or request.cfg_scale_low_noise != 1.0
     geometry = request.geometry
+    readers = ((CONDITIONERS[name], inputs) for name, inputs in request.inputs.items())
     return CallSizes(
         height=geometry.height, width=geometry.width,
         num_frames=geometry.num_frames + TEMPORAL_STRIDE * request.extra_frames,
         num_videos=geometry.num_videos, num_branches=2 if is_guided else 1,
+        encodes=any(one.encoder == "vae" and one.needs_encoder(inputs, parts) for one, inputs in readers),
     )  # fmt: skip
 
 
@@ -133,6 +139,7 @@ def plan_call(parts: PipelineComponents, limits: MemoryLimits, sizes: CallSizes)
         num_frames=sizes.num_frames,
         num_branches=sizes.num_branches,
         batch=sizes.num_videos,
+        encodes=sizes.encodes,
         compute_dtype=DTYPES.get(parts.dtype, "BF16"),
         device=parts.device.type,
         num_persistent_param_in_dit=limits.num_persistent_param_in_dit,
@@ -194,7 +201,7 @@ class MemoryManager:
     def prepare(self, request: VideoRequest) -> None:
         """Plan a call and arrange the networks for it; raises as `plan_call`, before anything moves."""
         if self._limits is not None:
-            self._follow(plan_call(self._parts, self._limits, sizes_of(request)))
+            self._follow(plan_call(self._parts, self._limits, sizes_of(request, self._parts)))
 
     def release(self) -> None:
         """No limits, plain networks, no memory held."""
@@ -230,7 +237,7 @@ class MemoryManager:
         if after != before:
             # A limit of the host's memory counts what is locked for streams, and nothing beside.
             self.residency.arrange(after, may_lock=self._limits is None or self._limits.ram_limit is None)
-        self._parts.tiled_by_plan = plan is not None and plan.tiled_vae
+        self._parts.tiled_by_plan = plan is not None and plan.tiled_encode
         for expert in (self._parts.high, self._parts.low):
             if expert is not None:
                 for network in (expert.dit, *expert.adapters):

@@ -171,20 +171,42 @@ def vae_activations(layers: Sequence[LayerSpec], work: Workload, *, tiled: bool)
     return sums + _chunk_bytes(layers, work, min(rows, TILE[0]), min(columns, TILE[1]))
 
 
+def vae_encode_activations(layers: Sequence[LayerSpec], work: Workload, *, tiled: bool) -> int:
+    """Bytes at the fullest moment of an encode, four frames at a time; 0 for a VAE that only decodes.
+
+    Frames come chunk by chunk, from the host; latents stay, and tiles are added up in float32.
+    """
+    if not _units(layers, "encoder"):
+        return 0
+    stride = _spatial_stride(layers)
+    rows, columns = -(-work.height // stride), -(-work.width // stride)
+    latents = _count(layers, "conv2.bias") * work.latent_frames * rows * columns * FLOAT32
+    if not tiled:
+        return latents + _encode_chunk_bytes(layers, work, rows, columns)
+    tile = _encode_chunk_bytes(layers, work, min(rows, TILE[0]), min(columns, TILE[1]))
+    return latents + rows * columns * FLOAT32 + tile
+
+
 PATCH = 2  # of vae22.py: pixels along an edge of what the Wan2.2 VAE codes as one
-_UNIT = re.compile(r"decoder\.(upsamples\.\d+(?:\.upsamples\.\d+)?)\.(residual|resample)\.")
+_UNIT = re.compile(r"(encoder|decoder)\.(\w+samples\.\d+(?:\.\w+samples\.\d+)?)\.(residual|resample)\.")
 
 
-def _units(layers: Sequence[LayerSpec]) -> list[tuple[str, str]]:
-    """Residual blocks and upsamplings of a decoder in order of use: (name, "residual" or "resample")."""
-    found = {(m.group(1), m.group(2)) for layer in layers if (m := _UNIT.match(layer.name))}
+def _units(layers: Sequence[LayerSpec], coder: str = "decoder") -> list[tuple[str, str]]:
+    """Residual blocks and resamplings of a coder in order of use: (name, "residual" or "resample")."""
+    matches = (_UNIT.match(layer.name) for layer in layers)
+    found = {(m.group(2), m.group(3)) for m in matches if m and m.group(1) == coder}
     return sorted(found, key=lambda unit: [int(part) for part in re.findall(r"\d+", unit[0])])
+
+
+def _count(layers: Sequence[LayerSpec], name: str) -> int:
+    """Parameters of one tensor; 0 where there is none of this name."""
+    return next((layer.num_parameters for layer in layers if layer.name == name), 0)
 
 
 def _stage(unit: str) -> str | None:
     """The stage around a unit of the Wan2.2 VAE, which holds its input to the end; None in one flat list."""
-    stage, _, inner = unit.rpartition(".upsamples.")
-    return stage if inner and stage else None
+    parts = unit.split(".")
+    return ".".join(parts[:2]) if len(parts) > 2 else None
 
 
 def _patch(layers: Sequence[LayerSpec]) -> int:
@@ -223,11 +245,7 @@ def _chunk_bytes(layers: Sequence[LayerSpec], work: Workload, rows: int, columns
         if kind == "residual":
             received, channels = (counts.get(f"{name}.residual.{i}.gamma", 0) for i in (0, 3))
             history += kept * (received + channels) * positions
-            window = frames + (2 if is_clip else 0)
-            first = (frames + window) * received + frames * channels
-            second = frames * received + (window + frames) * channels
-            norms = frames * max(3 * received, received + 3 * channels) if work.device == "cuda" else 0
-            peak = max(peak, max(first, second, norms) * positions + beside)
+            peak = max(peak, _residual_values(work, frames, received, channels) * positions + beside)
             continue
         if f"{name}.time_conv.weight" in counts and is_clip:
             history += 2 * channels * positions
@@ -239,5 +257,61 @@ def _chunk_bytes(layers: Sequence[LayerSpec], work: Workload, rows: int, columns
     history += kept * channels * positions
     pixels = positions * _patch(layers) ** 2
     pictures = 2 * frames * 3 * pixels * FLOAT32  # the chunk in float32, and on its way
+    return (history + peak) * _value_bytes(layers, work) + pictures
+
+
+def _encode_chunk_bytes(layers: Sequence[LayerSpec], work: Workload, rows: int, columns: int) -> int:
+    """Bytes while four frames of ``rows`` x ``columns`` positions are encoded, all histories included.
+
+    A residual block is fullest where one of a decoder is. A halving holds its input, a copy with a border,
+    and the result. Every stage of the Wan2.2 VAE holds its input to the end, where its shortcut holds two
+    copies of that and the means beside what they are added to. The chunk itself is held all the while, twice
+    where it is cut into patches. A picture is its own first chunk: layers ahead remember nothing yet.
+    """
+    counts = {layer.name.removeprefix("encoder."): layer.num_parameters for layer in layers}
+    channels = _count(layers, "encoder.conv1.bias")
+    colours = _count(layers, "encoder.conv1.weight") // (27 * channels)
+    is_clip = work.num_frames > 1
+    kept, frames = (2, TEMPORAL_STRIDE) if is_clip else (1, 1)
+    units = _units(layers, "encoder")
+    is_staged = _stage(units[0][0]) is not None
+    positions = rows * columns << 2 * sum(kind == "resample" for _, kind in units)
+    pixels = (2 if is_staged else 1) * frames * colours * positions
+    history, peak, stage, entered = kept * colours * positions, 0, None, 0
+    for name, kind in units:
+        beside = entered  # by its first block the stage's input is held anyway
+        if _stage(name) != stage:
+            stage, beside, entered = _stage(name), 0, frames * channels * positions
+        if kind == "residual":
+            received, channels = (counts.get(f"{name}.residual.{i}.gamma", 0) for i in (0, 3))
+            history += kept * (received + channels) * positions
+            values = _residual_values(work, frames, received, channels) * positions + beside
+        else:
+            values = (2 * positions + positions // 4) * frames * channels + beside
+            positions //= 4
+            if f"{name}.time_conv.weight" in counts and is_clip:
+                history += channels * positions
+                frames //= 2
+            if is_staged:
+                values = max(values, 3 * entered + 2 * frames * channels * positions)
+        peak = max(peak, values + (0 if is_clip else history))
+    history += 5 * kept * channels * positions  # four convolutions of the middle, and the head's
+    if not is_clip:
+        # In attention: input, q, k, v, what it gives, that joined, projected, and the sum.
+        values = 8 * channels * positions
+        return (max(peak, values + history) + pixels) * _value_bytes(layers, work)
+    return (peak + history + pixels) * _value_bytes(layers, work)
+
+
+def _residual_values(work: Workload, frames: int, received: int, channels: int) -> int:
+    """Values by position at the fullest moment of a residual block; see `_chunk_bytes`."""
+    window = frames + (2 if work.num_frames > 1 else 0)
+    first = (frames + window) * received + frames * channels
+    second = frames * received + (window + frames) * channels
+    norms = frames * max(3 * received, received + 3 * channels) if work.device == "cuda" else 0
+    return max(first, second, norms)
+
+
+def _value_bytes(layers: Sequence[LayerSpec], work: Workload) -> int:
     dtype = next((layer.dtype for layer in layers if layer.name == "conv1.weight"), work.compute_dtype)
-    return (history + peak) * DTYPE_BYTES[dtype] + pictures
+    return DTYPE_BYTES[dtype]

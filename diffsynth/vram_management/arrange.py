@@ -13,9 +13,11 @@ from diffsynth.vram_management.activations import (
     image_activations,
     text_activations,
     vae_activations,
+    vae_encode_activations,
 )
 from diffsynth.vram_management.choices import (
     DITS,
+    ENCODE,
     ENCODERS,
     LOW_NOISE,
     Scene,
@@ -52,6 +54,7 @@ class PlanRequest:
     vram_limit_gib: float | None
     ram_limit_gib: float | None
     num_persistent: int | None
+    encodes: bool = False  # the VAE codes pictures before it decodes
 
     @property
     def room_bytes(self) -> float:
@@ -93,6 +96,12 @@ class PlanRequest:
             workspace_bytes=WORKSPACE_BYTES[self.work.device],
         )  # fmt: skip
 
+    def encode_phase(self, *, tiled: bool = False) -> PhasePlan:
+        """The phase in which the VAE codes what was given."""
+        own = [layer for layer in self.layers if layer.network == "vae"]
+        activations = vae_encode_activations(own, self.work, tiled=tiled)
+        return replace(self.encoder_phase("vae"), name=ENCODE, activation_bytes=activations)
+
     def check_device(self) -> None:
         """Refuse a limit that the leanest plan does not hold."""
         minima: dict[str, int] = {}
@@ -103,6 +112,8 @@ class PlanRequest:
             if name in self.sizes:
                 lean = self.encoder_phase(name, streamed=bool(self.sizes[name].blocks), tiled=True)
                 minima[lean.name] = min(lean.peak_bytes, self.encoder_phase(name).peak_bytes)
+        if self.encodes:
+            minima[ENCODE] = min(self.encode_phase(tiled=tiled).peak_bytes for tiled in (False, True))
         if not minima or max(minima.values()) <= self.room_bytes:
             return
         assert self.vram_limit_gib is not None
@@ -117,7 +128,7 @@ class PlanRequest:
         is_8_bit = any(size.fp8_parameters for size in self.sizes.values())
         fp8 = "" if is_8_bit else ", or load with torch_dtype=torch.float8_e4m3fn (--dtype fp8)"
         size = f"{self.work.height} x {self.work.width}, {self.work.num_frames} frames"
-        if phase == "vae":
+        if phase in (ENCODE, "vae"):
             return f"Raise it, or ask for a smaller picture or fewer frames than {size}."
         if phase not in DITS:
             network = next(name for name, its_phase in ENCODERS.items() if its_phase == phase)
@@ -155,6 +166,7 @@ class Arrangement:
         """Put it all together."""
         request, way = self._request, self._way
         phases, streamed, tiled = self._phases()
+        tiled_encode = ENCODE in tiled if request.encodes else "vae" in tiled
         staying = self._staying(phases, streamed)
         if "text_encoder" in request.sizes and not streamed:
             # A streamed text encoder costs nothing more and may leave room for a DiT to stay.
@@ -171,14 +183,14 @@ class Arrangement:
             networks=networks,
             phases=tuple(self._filled(phase, networks, staying) for phase in phases),
             interleaves_branches=way.interleaves, keeps_keys=way.keeps_keys,
-            ffn_chunk_tokens=way.ffn_chunk_tokens, tiled_vae=tiled, copy_s=way.copy_s,
-            compute_s=way.compute_s, verdict=verdict,
+            ffn_chunk_tokens=way.ffn_chunk_tokens, tiled_vae="vae" in tiled, copy_s=way.copy_s,
+            compute_s=way.compute_s, verdict=verdict, tiled_encode=tiled_encode,
             reserve_bytes=DEVICE_RESERVE_BYTES[request.work.device],
             notes=self._notes(networks, tiled),
         )  # fmt: skip
 
-    def _phases(self, *, streams_text: bool = False) -> tuple[list[PhasePlan], set[str], bool]:
-        """Every phase in order, the encoders that are streamed, and whether the VAE works in tiles."""
+    def _phases(self, *, streams_text: bool = False) -> tuple[list[PhasePlan], set[str], set[str]]:
+        """Every phase in order, the encoders that are streamed, and the phases in which the VAE tiles."""
         request, scene, way = self._request, self._scene, self._way
         dits: list[PhasePlan] = []
         for dit, names in () if scene is None else scene.phases().items():
@@ -196,13 +208,17 @@ class Arrangement:
         # Whoever says how many DiT parameters stay wants a small peak: encoders are held to that of the DiT.
         is_free = request.vram_limit_gib is None and request.num_persistent is not None
         room = max(phase.peak_bytes for phase in dits) if is_free else request.room_bytes
-        before, after, streamed, tiled = [], [], set(), False
+        before, after, streamed, tiled = list[PhasePlan](), list[PhasePlan](), set[str](), set[str]()
         for name in (name for name in ENCODERS if name in request.sizes):
             phase = request.encoder_phase(name)
             if name == "vae":
-                in_tiles = request.encoder_phase(name, tiled=True)
-                tiled = phase.peak_bytes > request.room_bytes and in_tiles.peak_bytes < phase.peak_bytes
-                after.append(in_tiles if tiled else phase)
+                coded = [(after, phase, request.encoder_phase(name, tiled=True))]
+                if request.encodes:
+                    coded.append((before, request.encode_phase(), request.encode_phase(tiled=True)))
+                for place, whole, in_tiles in coded:
+                    is_tiled = request.room_bytes < whole.peak_bytes > in_tiles.peak_bytes
+                    tiled |= {whole.name} if is_tiled else set()
+                    place.append(in_tiles if is_tiled else whole)
                 continue
             if request.sizes[name].blocks and (streams_text or phase.peak_bytes > room):
                 streamed.add(name)
@@ -275,7 +291,7 @@ class Arrangement:
             return False
         return all(way.streams(scene.sizes[dit]) for dit in DITS)
 
-    def _notes(self, networks: Mapping[str, NetworkPlan], tiled: bool) -> tuple[str, ...]:
+    def _notes(self, networks: Mapping[str, NetworkPlan], tiled: set[str]) -> tuple[str, ...]:
         way, notes = self._way, []
         if any(networks[name].is_of_pair for name in DITS if name in networks):
             where = {"pinned": "in pinned memory", "ring": "in their files, read through one pinned ring"}
@@ -287,8 +303,9 @@ class Arrangement:
                 f"ram_limit does not hold {', '.join(ring)} in pinned memory: blocks are read from the file "
                 f"through a pinned ring of {RING_BUFFERS} buffers, at {self._request.rates.ring_gbs:g} GB/s."
             )
-        if tiled:
-            notes.append("The whole picture does not fit the VAE's decode: it works in tiles.")
+        for phase, work in ((ENCODE, "encode"), ("vae", "decode")):
+            if phase in tiled:
+                notes.append(f"The whole picture does not fit the VAE's {work}: it works in tiles.")
         if way.ffn_chunk_tokens is not None:
             notes.append(f"Feed-forward layers take {way.ffn_chunk_tokens} tokens at a time to fit.")
         if way.interleaves:

@@ -21,6 +21,7 @@ ENCODERS = {
     "audio_encoder": "audio",
     "vae": "vae",
 }  # phases
+ENCODE = "encode"  # the VAE's other phase, where pictures are given
 LOW_NOISE = "_low_noise"  # ends the names of the second of two experts and its adapters
 SMALL_CHUNK_TOKENS = 1024  # of the feed-forward, where its default does not fit
 WORTH = 0.98  # of a step's time: what saves less is not worth memory

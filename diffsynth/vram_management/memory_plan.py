@@ -37,7 +37,7 @@ class NetworkPlan:
 class PhasePlan:
     """The fullest moment of one phase, in pieces; host bytes are those of the networks of the phase."""
 
-    name: str  # "text", "image", "audio", "dit", "dit_low_noise", "vae"
+    name: str  # "text", "image", "audio", "encode", "dit", "dit_low_noise", "vae"
     networks: tuple[str, ...]
     weight_bytes: int  # with those of networks that only stay
     slot_bytes: int
@@ -66,7 +66,8 @@ class MemoryPlan:
         bool  # keys and values of text and image are kept: their weights travel in the first step only
     )
     ffn_chunk_tokens: int | None  # None: the network's own default
-    tiled_vae: bool
+    tiled_vae: bool  # to decode
+    tiled_encode: bool
     copy_s: float  # per denoising step, from the second on
     compute_s: float
     verdict: Verdict

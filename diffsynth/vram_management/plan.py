@@ -1,7 +1,8 @@
 """Arithmetic before action: what stays on the device, what visits it, what is streamed, and what it takes.
 
-A generation has phases: text, image, one per DiT, vae. Weights are needed in their phase only, so each phase
-may have all the room. Nothing here imports torch and nothing is loaded: a header is enough.
+A generation has phases: text, image, encode (where pictures are given), one per DiT, vae. Weights are needed
+in their phase only, so each phase may have all the room. Nothing here imports torch and nothing is loaded: a
+header is enough.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def plan_memory(  # noqa: PLR0913
     batch: int = 1,
     text_tokens: int = 512,
     image_tokens: int = 0,
+    encodes: bool | None = None,
     compute_dtype: str = "BF16",
     device: str = "cuda",
     num_persistent_param_in_dit: int | None = None,
@@ -61,6 +63,8 @@ def plan_memory(  # noqa: PLR0913
         batch: videos at a time.
         text_tokens: of a prompt, at most.
         image_tokens: that cross-attention reads beside the text: 257 a picture.
+        encodes: whether the VAE codes pictures or videos that are given; None: where a DiT or an adapter may
+            read some, or there is no DiT.
         compute_dtype: of activations, "BF16", "F16" or "F32".
         device: "cuda", or "cpu", which plays a device of the same limit.
         num_persistent_param_in_dit: about that many parameters of each DiT stay for its phase; 0 none; more
@@ -87,6 +91,7 @@ def plan_memory(  # noqa: PLR0913
         layers=tuple(layers), sizes=sizes, dit=dit, work=work, rates=rates, vram_limit_gib=vram_limit_gib,
         ram_limit_gib=ram_limit_gib,
         num_persistent=persistent_parameters(sizes, num_persistent_param_in_dit),
+        encodes=_can_encode(layers) and (_may_encode(sizes, dit) if encodes is None else encodes),
     )  # fmt: skip
     request.check_device()
     ringed: frozenset[str] = frozenset()
@@ -101,6 +106,16 @@ def plan_memory(  # noqa: PLR0913
         ringed |= {name}
         if plan.networks[name].is_of_pair:  # one ring serves both experts
             ringed |= {name.removesuffix(LOW_NOISE), name.removesuffix(LOW_NOISE) + LOW_NOISE}
+
+
+def _can_encode(layers: Sequence[LayerSpec]) -> bool:
+    return any(layer.network == "vae" and layer.name.startswith("encoder.") for layer in layers)
+
+
+def _may_encode(sizes: Mapping[str, NetworkSize], dit: DiTSizes | None) -> bool:
+    """Whether something reads pictures: planes beside the noise, an adapter, or nobody is there to ask."""
+    reads = any(name.startswith(("vace", "reference")) for name in sizes)
+    return dit is None or dit.in_dim > dit.out_dim or reads
 
 
 def persistent_parameters(sizes: Mapping[str, NetworkSize], wanted: int | None) -> int | None:

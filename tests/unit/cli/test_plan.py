@@ -47,7 +47,7 @@ def test_json_has_the_plan_and_the_request(shell: Shell, folder: Path) -> None:
     assert set(told) == {
         "networks", "phases", "interleaves_branches", "keeps_keys", "ffn_chunk_tokens", "tiled_vae", "copy_s",
         "compute_s", "verdict", "reserve_bytes", "notes", "peak_bytes", "pinned_bytes", "pageable_bytes",
-        "mapped_bytes", "request", "passed_over",
+        "mapped_bytes", "request", "passed_over", "tiled_encode",
     }  # fmt: skip
     assert [phase["name"] for phase in told["phases"]] == ["text", "dit", "vae"]
     assert max(phase["peak_bytes"] for phase in told["phases"]) == told["peak_bytes"]

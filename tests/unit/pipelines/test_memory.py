@@ -313,3 +313,14 @@ def resident_bytes() -> int:
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_the_plan_of_a_call_counts_an_encode_where_something_is_given(pipe: WanVideoPipeline) -> None:
+    pipe.enable_vram_management(vram_limit=1)
+    frames = torch.rand(5, 3, 32, 32)
+    call = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2}
+    for given in ({}, {"input_video": frames, "denoising_strength": 0.5}, {}):
+        latents(pipe, **call, **given)
+        assert pipe.memory_plan is not None
+        names = [phase.name for phase in pipe.memory_plan.phases]
+        assert names == ["text", *(["encode"] if given else []), "dit", "vae"]
