@@ -106,10 +106,11 @@ def _make_fp8(network: nn.Module) -> set[str]:
     """Let the layers of the network's policy hold fp8; return the names of their weights."""
     from diffsynth.ops.fp8_policy import put_fp8_layers
     from diffsynth.vram_management.fp8 import widening
+    from diffsynth.vram_management.visit import BlockNetwork
 
     layers = put_fp8_layers(network)
-    if layers:
-        network.visit = widening(network, network.visit)  # type: ignore[arg-type, assignment]
+    if layers and isinstance(network, BlockNetwork):
+        network.visit = widening(network, network.visit)
     return {f"{name}.weight" for name in layers}
 
 

@@ -32,6 +32,7 @@ class Geometry:
     latent_frames: int
     latent_height: int
     latent_width: int
+    num_steps: int = 1  # of denoising, which inputs with a value per step are counted by
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int, int]:

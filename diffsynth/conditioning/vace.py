@@ -24,6 +24,7 @@ from diffsynth.errors import ArgumentError, UnusedInputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from diffsynth.sampling.step import Step
     from diffsynth.video import Frame
     from diffsynth.video.lazy_video import LazyVideo
     from diffsynth.video.pixels import Frames
@@ -41,14 +42,22 @@ class VaceCondition:
 
     context: Tensor  # (B or 1, 2 z + s s, R + T, h, w): kept part, part to make anew, mask
     scales: tuple[float, ...] = (1.0,)  # how strongly hints count: one number, or one per step
-    times: tuple[float, ...] = ()  # with several scales: the timestep of each, 0..1000
 
-    def scale_at(self, time: float) -> float:
-        """How strongly hints count at a timestep, 0..1000."""
+    def scale_at(self, step: Step | None) -> float:
+        """How strongly hints count at a step.
+
+        Raises:
+            ArgumentError: for one scale per step where there are no steps, as in training, or others.
+        """
         if len(self.scales) == 1:
             return self.scales[0]
-        # The nearest, because a pipeline may round what the network is told.
-        return min(zip(self.times, self.scales, strict=True), key=lambda pair: abs(pair[0] - time))[1]
+        if step is None or step.count != len(self.scales):
+            told = "no steps" if step is None else f"{step.count} steps"
+            raise ArgumentError(
+                f"vace_scale has {len(self.scales)} numbers, one per step, and there are {told}; give one "
+                "number for all."
+            )
+        return self.scales[step.index]
 
     def front(self, num_frames: int, num_channels: int) -> Tensor:
         """Clean latents of the pictures in front, (B or 1, num_channels, num_frames, h, w)."""
@@ -57,7 +66,7 @@ class VaceCondition:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VaceInputs:
-    """What VACE is shown, and which steps a list of scales belongs to."""
+    """What VACE is shown."""
 
     vace_video: Frames | None = argument(
         None,
@@ -79,12 +88,6 @@ class VaceInputs:
     fit: Fit | None = None  # "trim" | "hold": for a video or mask of another length than num_frames
     tile_size: tuple[int, int] | None = None
     tile_stride: tuple[int, int] | None = None
-    num_inference_steps: int | None = None
-    sampler: str | None = None
-    sigma_shift: float | None = None
-    denoising_strength: float = 1.0
-    sigmas: Sequence[float] | Tensor | None = None
-    timesteps: Sequence[float] | Tensor | None = None
     input_video: object = None  # read elsewhere; it has no frames for the places of references
 
     @property
@@ -144,8 +147,6 @@ class VaceConditioner:
                 "latents, where input_video has nothing to start from. Give vace_video= in place of "
                 "input_video=, or leave the references out."
             )
-        if len(scales) > 1:
-            _step_times(inputs, scales)
         if max(scales) > USUAL_SCALE:
             logger.warning(
                 "vace_scale is %g; 0 (no effect) to %g are usual, above it pictures come apart.",
@@ -157,6 +158,12 @@ class VaceConditioner:
         return True
 
     def check(self, inputs: VaceInputs, geometry: Geometry, parts: Components) -> None:
+        scales = _scales(inputs)
+        if len(scales) not in (1, geometry.num_steps):
+            raise ArgumentError(
+                f"vace_scale has {len(scales)} numbers and there are {geometry.num_steps} steps; give one "
+                "number per step, or one for all."
+            )
         for name in ("vace_video", "vace_video_mask"):
             if (frames := getattr(inputs, name)) is not None:
                 check_length(frames, geometry, name=name, fit=inputs.fit)
@@ -165,12 +172,7 @@ class VaceConditioner:
         _check_shapes(inputs)
 
     def encode(self, inputs: VaceInputs, geometry: Geometry, parts: Components) -> Contribution:
-        scales = _scales(inputs)
-        condition = VaceCondition(
-            context=self._context(inputs, geometry, parts),
-            scales=scales,
-            times=_step_times(inputs, scales) if len(scales) > 1 else (),
-        )
+        condition = VaceCondition(context=self._context(inputs, geometry, parts), scales=_scales(inputs))
         return Contribution(
             adapters={"vace": (condition, None)}, latents=LatentPlan(extra_frames=inputs.extra_frames)
         )
@@ -320,27 +322,3 @@ def _scales(inputs: VaceInputs) -> tuple[float, ...]:
             f"list of one such number per step; above {MAX_SCALE:g} nothing can be seen."
         )
     return tuple(float(s) for s in scales)
-
-
-def _step_times(inputs: VaceInputs, scales: tuple[float, ...]) -> tuple[float, ...]:
-    """Return what the network is told at each step; raises when there are more or fewer scales than steps."""
-    from diffsynth.sampling.registry import sampler_for
-
-    sampler = sampler_for(
-        str(inputs.sampler), num_steps=inputs.num_inference_steps, shift=inputs.sigma_shift,
-        strength=inputs.denoising_strength, sigmas=inputs.sigmas, timesteps=inputs.timesteps,
-    )  # fmt: skip
-    times = tuple(float(time) for time in sampler.timesteps)
-    if len(times) != len(scales):
-        raise ArgumentError(
-            f"vace_scale has {len(scales)} numbers and there are {len(times)} steps; give one number per "
-            "step, or one for all."
-        )
-    told: dict[float, float] = {}
-    for time, scale in zip(times, scales, strict=True):
-        if told.setdefault(time, scale) != scale:
-            raise ArgumentError(
-                f"Two steps are told the same time, {time:g}, and vace_scale asks for {told[time]:g} and "
-                f"{scale:g} there; give both one number, or a smaller sigma_shift."
-            )
-    return times

@@ -28,6 +28,7 @@ class Course:
     first_step: int = 0
     latents: Tensor | None = None  # before the first step, on the device; None: noise
     keeper: StepKeeper | None = None
+    cache_memory: Mapping[str, Tensor] | None = None  # of a step cache, where the walk goes on
 
     def telling(self) -> AbstractContextManager[None]:
         """Around the steps: see `StepKeeper.telling`."""
@@ -63,7 +64,7 @@ def plot_course(
     if options.save_steps is None and options.resume_from is None:
         return Course(seed=chosen_seed(request))
     facts = run_facts(request, arguments, parts, precision)
-    seed, first_step, latents = None, 0, None
+    seed, first_step, latents, cache_memory = None, 0, None, None
     if options.resume_from is None:
         seed = chosen_seed(request)
     else:
@@ -74,11 +75,14 @@ def plot_course(
         )
         memory = {name: tensor.to(parts.device) for name, tensor in saved.memory.items()}
         sampler.restore(saved.next_step, memory)
+        cache_memory = {name: tensor.to(parts.device) for name, tensor in saved.cache_memory.items()}
         seed, first_step, latents = saved.seed, saved.next_step, saved.latents.to(parts.device)
         logger.info("%s: %d of %d steps are done, seed %s.", saved.path, first_step, saved.num_steps, seed)
     keeper = None
     if options.save_steps is not None:
-        keeper = StepKeeper(options.save_steps, options.save_every, facts, seed, parts.loras)
+        keeper = StepKeeper(
+            options.save_steps, options.save_every, facts, seed, parts.loras, options.step_cache
+        )
         if options.resume_from is not None and keeper.is_file(options.resume_from):
             keeper.kept = first_step
-    return Course(seed=seed, first_step=first_step, latents=latents, keeper=keeper)
+    return Course(seed=seed, first_step=first_step, latents=latents, keeper=keeper, cache_memory=cache_memory)

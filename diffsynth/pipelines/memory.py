@@ -26,6 +26,7 @@ from diffsynth.vram_management.plan import (
     plan_memory,
 )
 from diffsynth.vram_management.residency import Residency
+from diffsynth.vram_management.visit import BlockNetwork
 
 logger = logging.getLogger("diffsynth")
 
@@ -241,6 +242,7 @@ class MemoryManager:
         for expert in (self._parts.high, self._parts.low):
             if expert is not None:
                 for network in (expert.dit, *expert.adapters):
-                    network.keeps_keys = plan is None or plan.keeps_keys  # type: ignore[assignment]
+                    if isinstance(network, BlockNetwork):
+                        network.keeps_keys = plan is None or plan.keeps_keys
                 expert.dit.ffn_chunk_tokens = None if plan is None else plan.ffn_chunk_tokens
         self.plan = plan

@@ -1,4 +1,4 @@
-"""Where a generation starts: its noise levels, and the noise itself."""
+"""Where a generation starts: the noise."""
 
 from __future__ import annotations
 
@@ -10,21 +10,10 @@ from torch import Tensor
 from diffsynth.announce import announce
 from diffsynth.errors import ArgumentError
 from diffsynth.pipelines.request import VideoRequest
-from diffsynth.sampling.registry import sampler_for
-from diffsynth.sampling.sampler import Sampler
 
 logger = logging.getLogger("diffsynth")
 
 DRAWN = -1  # the seed that asks for any, as in ComfyUI and the official command
-
-
-def prepared_sampler(request: VideoRequest) -> Sampler:
-    """Return the sampler of a request, set to its grid of noise levels."""
-    options = request.options
-    return sampler_for(
-        str(options.sampler), num_steps=options.num_inference_steps, shift=options.sigma_shift,
-        strength=request.denoising_strength, sigmas=options.sigmas, timesteps=options.timesteps,
-    )  # fmt: skip
 
 
 def chosen_seed(request: VideoRequest) -> int | None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffsynth.denoising.loop import ProgressBar
-    from diffsynth.models.wan.dit import StepCache
+    from diffsynth.denoising.step_cache import StepCache
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 

@@ -18,6 +18,7 @@ from diffsynth.conditioning.conditioner import Geometry, SizeChecker, read_input
 from diffsynth.conditioning.image import size_nearest, size_within
 from diffsynth.conditioning.registry import CONDITIONERS
 from diffsynth.conditioning.text import TextInputs
+from diffsynth.denoising.step_cache import StepCache
 from diffsynth.errors import ArgumentError, UnknownArgumentError
 from diffsynth.pipelines.argument_checks import check_embeds, check_numbers, check_seed, check_types
 from diffsynth.pipelines.components import PipelineComponents
@@ -29,7 +30,8 @@ from diffsynth.pipelines.saved_latents import check_latents_path, model_files
 from diffsynth.pipelines.saved_steps import check_steps_path
 from diffsynth.pipelines.unread import refuse_unread, refuse_unreadable, require_encoder, why_unread
 from diffsynth.pipelines.usual import usual_values_of
-from diffsynth.sampling.registry import SAMPLERS
+from diffsynth.sampling.registry import SAMPLERS, sampler_for
+from diffsynth.sampling.sampler import Sampler
 from diffsynth.video import picture_size
 from diffsynth.video.paths import check_not_read
 from diffsynth.video.settings import check_text
@@ -53,6 +55,7 @@ class VideoRequest:
     cfg_scale: float
     cfg_scale_low_noise: float
     denoising_strength: float
+    sampler: Sampler  # set to the noise levels
     settings: Mapping[str, object]  # what was asked and resolved, plain values: goes into the file's metadata
 
     @property
@@ -112,7 +115,9 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
     check_embeds(text, parts)
     num_videos = text.num_prompts * text.num_videos_per_prompt
     check_seed(options.seed, num_videos)
-    geometry = _geometry(options, parts, num_videos)
+    strength = float(str(resolved.get("denoising_strength", 1.0)))
+    sampler = _sampler(options, strength)
+    geometry = _geometry(options, parts, num_videos, len(sampler.timesteps))
     _check_written(options, geometry, parts)
     refuse_unreadable(given, parts.facts)
     inputs = {}
@@ -130,25 +135,18 @@ def read_request(arguments: Mapping[str, object], parts: PipelineComponents, pre
         readers, why_unread(given, resolved, parts),
     )  # fmt: skip
     is_list = text.prompt_embeds is None and not isinstance(text.prompt, str)
+    sizes: dict[str, Any] = {name: getattr(geometry, name) for name in ("height", "width", "num_frames")}
     return VideoRequest(
-        options=replace(
-            options, height=geometry.height, width=geometry.width, num_frames=geometry.num_frames
-        ),
+        options=replace(options, **sizes),
         inputs=inputs,
         geometry=geometry,
         num_videos=num_videos,
         is_batch=is_list or num_videos > 1,
         cfg_scale=text.cfg_scale,
         cfg_scale_low_noise=text.cfg_scale if text.cfg_scale_low_noise is None else text.cfg_scale_low_noise,
-        denoising_strength=float(str(resolved.get("denoising_strength", 1.0))),
-        settings=_plain(
-            {
-                **resolved,
-                "height": geometry.height,
-                "width": geometry.width,
-                "num_frames": geometry.num_frames,
-            }
-        ),
+        denoising_strength=strength,
+        sampler=sampler,
+        settings=_plain({**resolved, **sizes}),
     )
 
 
@@ -192,6 +190,12 @@ def _check_options(options: CallOptions, resolved: Mapping[str, object]) -> None
     steps = options.num_inference_steps  # of the checkpoint or a preset, where the caller gives none
     if options.sigmas is None and (not isinstance(steps, Integral) or steps < 1):
         raise ArgumentError(f"num_inference_steps is {steps}; give 1 or more (50 is usual).")
+    if options.step_cache is not None and not isinstance(options.step_cache, StepCache):
+        raise ArgumentError(
+            f"step_cache is a {type(options.step_cache).__name__} without begin, answer, recall, keep, state "
+            "and restore, which are told the step and the side of the guidance in place of a key; see "
+            "diffsynth/denoising/step_cache.py."
+        )
     boundary = options.switch_DiT_boundary
     if boundary is not None and not 0.0 <= boundary <= 1.0:
         raise ArgumentError(f"switch_DiT_boundary is {boundary}; give 0 to 1 (0.875 for T2V-A14B).")
@@ -215,10 +219,6 @@ def _check_written(options: CallOptions, geometry: Geometry, parts: PipelineComp
         check_not_read(options.save_steps, model_files(parts))
     elif options.save_every is not None:
         raise ArgumentError("save_every= was given without save_steps=, the file that steps are saved to.")
-    if options.step_cache is not None and (options.save_steps, options.resume_from) != (None, None):
-        raise ArgumentError(
-            "step_cache= remembers steps that save_steps= does not keep; leave one of them out."
-        )
 
 
 def _tiling(options: CallOptions, precision: str) -> CallOptions:
@@ -250,7 +250,14 @@ def _sizes_of_picture(given: Mapping[str, object], parts: PipelineComponents) ->
     return {"height": height, "width": width}
 
 
-def _geometry(options: CallOptions, parts: PipelineComponents, num_videos: int) -> Geometry:
+def _sampler(options: CallOptions, strength: float) -> Sampler:
+    return sampler_for(
+        str(options.sampler), num_steps=options.num_inference_steps, shift=options.sigma_shift,
+        strength=strength, sigmas=options.sigmas, timesteps=options.timesteps,
+    )  # fmt: skip
+
+
+def _geometry(options: CallOptions, parts: PipelineComponents, num_videos: int, num_steps: int) -> Geometry:
     stride = parts.spatial_stride
     multiples = size_multiples(parts)
     height = _snapped("height", options.height, multiples[0], options.strict)
@@ -265,7 +272,7 @@ def _geometry(options: CallOptions, parts: PipelineComponents, num_videos: int) 
         num_videos=num_videos, num_frames=num_frames, height=height, width=width,
         latent_channels=parts.facts.latent_channels,
         latent_frames=(num_frames - 1) // TEMPORAL_STRIDE + 1, latent_height=height // stride,
-        latent_width=width // stride,
+        latent_width=width // stride, num_steps=num_steps,
     )  # fmt: skip
 
 

@@ -69,13 +69,21 @@ def run_facts(
             "precision": precision,
             "dtype": dtype_name(parts.dtype),
             "boundary of the experts": boundary_of(parts, request.options),
-            "attention kernel": None if dit is None else attention_name(dit.attention),
+            "attention kernel": None if dit is None else attention_name(dit.self_attention),
+            "step cache": _name_of(request.options.step_cache),
             "fp8 compute": "fp8" if dit is not None and _multiplies_in_fp8(dit) else "widened",
         },
         "tokens": hash_of_parts(tokens) if tokens else None,
     }
     plain: Facts = json.loads(json.dumps(facts))
     return plain
+
+
+def _name_of(cache: object) -> str | None:
+    """A step cache with its settings, if its class tells them."""
+    if cache is None:
+        return None
+    return type(cache).__name__ if type(cache).__repr__ is object.__repr__ else repr(cache)
 
 
 def _hash_of_network(network: nn.Module) -> str:

@@ -1,9 +1,10 @@
 """Steps on the disk: what a render that is killed on its way leaves behind, and how it goes on from there.
 
 The file is safetensors. ``noisy_latents`` (B, C, T, h, w) are the latents before step ``next_step``, in the
-dtype in which they are denoised; ``sampler.NAME`` are the tensors that the sampler looks back at. The
-metadata's ``steps`` (JSON) holds the number of the next step and of all, the seed, and what decides the rest
-(`run_facts`). Whoever asked for the file may add texts of his own (`StepsPath.note`).
+dtype in which they are denoised; ``sampler.NAME`` are the tensors that the sampler looks back at, and
+``cache.NAME`` those of a step cache. The metadata's ``steps`` (JSON) holds the number of the next step and of
+all, the seed, and what decides the rest (`run_facts`). Whoever asked for the file may add texts of his own
+(`StepsPath.note`).
 
 Nothing in such a file is code, or a path that is opened here: it is data, compared with what a caller gives.
 """
@@ -33,6 +34,7 @@ from diffsynth.pipelines.saved_latents import STEPS_SUFFIX
 from diffsynth.video.paths import check_output_path
 
 if TYPE_CHECKING:
+    from diffsynth.denoising.step_cache import StepCache
     from diffsynth.models.loras import LoRAs
     from diffsynth.sampling.sampler import Sampler
 
@@ -41,7 +43,7 @@ logger = logging.getLogger("diffsynth")
 KEY = "steps"  # of the metadata
 PAUSE_S = 60.0  # of work between two saves, where nobody says after how many steps
 WRITING_SHARE = 0.05  # of the time, at most, is spent on writing where nobody says
-_LATENTS, _SAMPLER = "noisy_latents", "sampler."
+_LATENTS, _SAMPLER, _CACHE = "noisy_latents", "sampler.", "cache."
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class SavedSteps:
     seed: int | None  # None: the caller gave the noise
     latents: Tensor  # (B, C, T, h, w)
     memory: Mapping[str, Tensor]  # of the sampler
+    cache_memory: Mapping[str, Tensor]  # of the step cache
     facts: Facts
     note: Mapping[str, str]  # the metadata, as it is
 
@@ -114,14 +117,22 @@ class StepKeeper:
         facts: of the run.
         seed: of the run.
         loras: of the pipeline; a callback may change their strength on the way.
+        step_cache: of the call.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], every: int | None, facts: Facts, seed: int | None, loras: LoRAs
+        self,
+        path: str | os.PathLike[str],
+        every: int | None,
+        facts: Facts,
+        seed: int | None,
+        loras: LoRAs,
+        step_cache: StepCache | None = None,
     ) -> None:
         self._target = path if isinstance(path, StepsPath) else StepsPath(Path(path))
         self._path = Path(os.path.realpath(os.path.expanduser(os.fspath(path))))
         self._every, self._facts, self._seed, self._loras = every, facts, seed, loras
+        self._step_cache = step_cache
         self._due_at = time.monotonic() + PAUSE_S
         self.kept: int | None = None  # steps that the file holds; None: there is none of this run
         self._has_failed = False
@@ -173,6 +184,8 @@ class StepKeeper:
             "facts": {**self._facts, "loras": self._loras.facts()},
         }
         memory = {_SAMPLER + name: tensor for name, tensor in sampler.state().items()}
+        if self._step_cache is not None:
+            memory |= {_CACHE + name: tensor.clone() for name, tensor in self._step_cache.state().items()}
         metadata = {"format": "pt", "diffsynth": __version__, KEY: json.dumps(told), **self._target.note()}
         save_tensors(self._path, {_LATENTS: latents.clone(), **memory}, metadata)
 
@@ -234,10 +247,16 @@ def read_steps(path: str | os.PathLike[str]) -> SavedSteps:
         num_steps=told["num_steps"],
         seed=told["seed"],
         latents=latents,
-        memory={name.removeprefix(_SAMPLER): file.tensor(name).clone() for name in names},
+        memory=_memory_of(file, _SAMPLER),
+        cache_memory=_memory_of(file, _CACHE),
         facts=told["facts"],
         note=file.metadata,
     )
+
+
+def _memory_of(file: Checkpoint, prefix: str) -> dict[str, Tensor]:
+    names = [name for name in file.shapes if name.startswith(prefix)]
+    return {name.removeprefix(prefix): file.tensor(name).clone() for name in names}
 
 
 def _told(file: Checkpoint) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from diffsynth.conditioning.conditions import LatentPlan, Merged
 from diffsynth.denoising.expert import Experts
-from diffsynth.denoising.loop import Guidance, OnStep, denoise
+from diffsynth.denoising.guidance import Guidance, classifier_free
+from diffsynth.denoising.loop import OnStep, denoise, steps_of
 from diffsynth.errors import ArgumentError, BusyPipelineError, MissingModelError
 from diffsynth.models.download import local_paths
 from diffsynth.models.model_manager import ModelManager
@@ -32,7 +33,7 @@ from diffsynth.pipelines.loras import LoRAMethods
 from diffsynth.pipelines.memory import MemoryLimits, MemoryManager
 from diffsynth.pipelines.model_config import ModelConfig
 from diffsynth.pipelines.networks import NetworkAttributes
-from diffsynth.pipelines.noise import draw_noise, prepared_sampler
+from diffsynth.pipelines.noise import draw_noise
 from diffsynth.pipelines.options import CallOptions
 from diffsynth.pipelines.remarks import make_remarks
 from diffsynth.pipelines.request import VideoRequest, call_signature, read_request
@@ -353,7 +354,7 @@ class WanVideoPipeline(NetworkAttributes, LoRAMethods, ExpertMethods, V1Methods)
                 f"No VAE is loaded; load {self.parts.facts.vae_file}, or ask for output_type='latent'."
             )
         require_experts(self.parts, request.options)
-        sampler = prepared_sampler(request)
+        sampler = request.sampler
         make_remarks(request, self.parts)
         self.scheduler.read(sampler.sigmas, sampler.timesteps)
         self.parts.loras.begin(*step_counts(self.parts, request.options, sampler))
@@ -385,17 +386,21 @@ class WanVideoPipeline(NetworkAttributes, LoRAMethods, ExpertMethods, V1Methods)
             bring_in=self._residency.enter, send_ahead=self._residency.send_ahead,
             interleaves=self.memory_plan is None or self.memory_plan.interleaves_branches,
         )  # fmt: skip
-        if course.first_step == len(sampler.timesteps):
+        guidance = Guidance(high=request.cfg_scale, low=request.cfg_scale_low_noise)
+        branches = classifier_free(conditions.positive, conditions.negative, guidance)
+        steps = steps_of(
+            sampler, experts, latents.shape, num_pinned=plan.num_pinned,
+            timestep_dtype=self.parts.dtype if is_v1 else None,
+        )[course.first_step :]  # fmt: skip
+        if not steps:
             return plan.trim(latents).float()  # a run that was killed behind its last step
-        with (
-            course.telling(),
-            self._residency.use(*experts.networks_at(sampler.timesteps[course.first_step])),
-        ):
+        experts.begin(steps[0].count, len(branches))
+        if options.step_cache is not None and course.cache_memory is not None:
+            options.step_cache.restore(course.cache_memory)
+        with course.telling(), self._residency.use(*experts.networks_at(sampler.timesteps[steps[0].index])):
             latents = denoise(
-                experts, sampler, latents, positive=conditions.positive, negative=conditions.negative,
-                plan=plan, guidance=Guidance(high=request.cfg_scale, low=request.cfg_scale_low_noise),
+                experts, sampler, latents, steps=steps, branches=branches, plan=plan,
                 on_step=self._on_step(options, experts, sampler, course), progress=options.progress_bar_cmd,
-                timestep_dtype=self.parts.dtype if is_v1 else None, first_step=course.first_step,
             )  # fmt: skip
         return plan.trim(latents).float()
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffsynth.sampling.sampler import GridSampler
+from diffsynth.sampling.sampler import GridSampler, Noise
 from diffsynth.sampling.schedule import NUM_TRAIN_TIMESTEPS
 
 
@@ -26,7 +26,7 @@ class EulerSampler(GridSampler):
         """Return 1000 * sigma, (N,) float32."""
         return sigmas.float() * NUM_TRAIN_TIMESTEPS
 
-    def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
+    def step(self, velocity: Tensor, index: int, latents: Tensor, *, noise: Noise | None = None) -> Tensor:
         """Return the latents at ``sigmas[index + 1]``; computed in the type of ``latents``, in any order."""
         self._check_step(velocity, index, latents)
         return latents + velocity.to(latents.dtype) * self._changes[index]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from diffsynth.errors import ArgumentError
-from diffsynth.sampling.sampler import GridSampler
+from diffsynth.sampling.sampler import GridSampler, Noise
 from diffsynth.sampling.schedule import truncated_timesteps
 
 
@@ -48,7 +48,7 @@ class MultistepSampler(GridSampler):
         """Return 1000 * sigma cut to int64, (N,)."""
         return truncated_timesteps(sigmas)
 
-    def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
+    def step(self, velocity: Tensor, index: int, latents: Tensor, *, noise: Noise | None = None) -> Tensor:
         """Return the latents at ``sigmas[index + 1]``; see `Sampler.step`.
 
         Raises:

@@ -8,7 +8,7 @@ network predicts the velocity v = noise - video, so that video = x - sigma * v.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from diffsynth.errors import ArgumentError
 from diffsynth.sampling.schedule import checked_sigmas, checked_timesteps, require_falling, shifted_sigmas
+
+Noise = Callable[[int], Tensor]  # number of a step -> noise of the latents' shape: the same at every call
 
 
 class Sampler(Protocol):
@@ -39,7 +41,7 @@ class Sampler(Protocol):
         """
         ...
 
-    def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
+    def step(self, velocity: Tensor, index: int, latents: Tensor, *, noise: Noise | None = None) -> Tensor:
         """Return the latents at ``sigmas[index + 1]``.
 
         Args:
@@ -47,6 +49,7 @@ class Sampler(Protocol):
             index: number of the step, counted from 0. Steps are known by it and never by their timestep,
                 which large shifts repeat.
             latents: at ``sigmas[index]``; not changed.
+            noise: for solvers that add fresh noise; the others leave it alone.
 
         Returns:
             New latents, of the shape, type and device of ``latents``.
@@ -112,7 +115,7 @@ class GridSampler(ABC):
         """Return what the network is told at each of these levels; both (N,)."""
 
     @abstractmethod
-    def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
+    def step(self, velocity: Tensor, index: int, latents: Tensor, *, noise: Noise | None = None) -> Tensor:
         """Return the latents at ``sigmas[index + 1]``; see `Sampler.step`."""
 
     def state(self) -> dict[str, Tensor]:

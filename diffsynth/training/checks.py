@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from diffsynth.errors import ArgumentError, DiffSynthError, OutputPathError
-from diffsynth.pipelines.noise import prepared_sampler
 from diffsynth.pipelines.request import read_request
 from diffsynth.training.checkpoints import find_resume, read_state, require_same_run
 from diffsynth.training.config import TrainConfig
@@ -86,7 +85,7 @@ def _check_videos(config: TrainConfig, loaded: Loaded) -> None:
     parts = sampling_parts(config, loaded, torch.device("cpu"), outline=True)
     for number in range(len(config.samples.prompts)):
         with _about_sample(number):
-            prepared_sampler(read_request(arguments_of(config.samples, number), parts, "official"))
+            read_request(arguments_of(config.samples, number), parts, "official")
 
 
 @contextmanager

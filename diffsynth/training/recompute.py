@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from diffsynth.errors import ArgumentError
+from diffsynth.models.wan.dit import WanDiT
 from diffsynth.ops.attention import AttentionKernel
 from diffsynth.training.offload import CheckpointOffload
 from diffsynth.vram_management.flat import resting_tensors
 from diffsynth.vram_management.fp8 import widening
 from diffsynth.vram_management.slots import StreamCounts
 from diffsynth.vram_management.streaming import BlockStream, Host, stream_blocks
-from diffsynth.vram_management.visit import at_once, in_order
+from diffsynth.vram_management.visit import BlockNetwork, at_once, in_order
 
 Mode = Literal["full", "keep_attention"]
 MODES = ("full", "keep_attention")
@@ -71,25 +72,27 @@ class Recompute:
             raise ArgumentError(f"gradient_checkpointing is {mode!r}; known: {', '.join(MODES)}.")
         self.mode, self._offload, self._bring_back = mode, offload, bring_back
         self.frame: _Frame | None = None  # of the block that is being computed
-        self._before: list[tuple[nn.Module, AttentionKernel | None]] = []
+        self._before: list[tuple[BlockNetwork, AttentionKernel | None]] = []
 
     def install(self, networks: Iterable[nn.Module]) -> None:
         """Let these run their blocks so: a DiT, and adapters that have blocks of their own."""
         for network in networks:
-            if not hasattr(network, "run_block"):
+            if not isinstance(network, BlockNetwork):
                 continue
-            inner = cast("AttentionKernel | None", getattr(network, "attention", None))
+            network.run_block = self
+            inner = None
+            # Of self-attention alone: cross-attention has few keys, and costs less than its result takes.
+            if isinstance(network, WanDiT) and self.mode == "keep_attention":
+                inner = network.self_attention
+                network.self_attention = _KeepingAttention(inner, self)
             self._before.append((network, inner))
-            network.run_block = self  # type: ignore[assignment]
-            if inner is not None and self.mode == "keep_attention":
-                network.attention = _KeepingAttention(inner, self)  # type: ignore[assignment]
 
     def remove(self) -> None:
         """Give the networks back as they were."""
         for network, inner in self._before:
-            network.run_block = at_once  # type: ignore[assignment]
-            if inner is not None:
-                network.attention = inner  # type: ignore[assignment]
+            network.run_block = at_once
+            if inner is not None and isinstance(network, WanDiT):
+                network.self_attention = inner
         self._before.clear()
 
     def __call__(self, block: nn.Module, work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -180,8 +183,7 @@ class _KeepingAttention:
     ) -> Tensor:
         """softmax(q k^T scale + bias) v; see `AttentionKernel`."""
         frame = self._recompute.frame
-        # Cross-attention has few keys: it costs less than the memory of its result.
-        if frame is None or q.shape[1] != k.shape[1] or not torch.is_grad_enabled():
+        if frame is None or not torch.is_grad_enabled():
             return self._inner(q, k, v, bias=bias, scale=scale)
         if not any(tensor.requires_grad for tensor in (q, k, v)):
             return self._inner(q, k, v, bias=bias, scale=scale)
@@ -218,25 +220,25 @@ class StreamedBase:
         host: Host | None = None,
     ) -> None:
         host = host or ("pinned" if device.type == "cuda" else "pageable")
-        self._streams: list[tuple[nn.Module, BlockStream]] = []
+        self._streams: list[tuple[BlockNetwork, BlockStream]] = []
         self._of_block: dict[int, BlockStream] = {}
         self._moved: list[tuple[Tensor, Tensor]] = []
         for network in networks:
-            blocks = list(cast("Iterable[nn.Module]", getattr(network, "blocks", ())))
+            blocks = list(network.blocks) if isinstance(network, BlockNetwork) else []
             inside = {id(tensor) for block in blocks for _, tensor in resting_tensors(block)}
             for _, tensor in resting_tensors(network):
                 if id(tensor) not in inside:
                     self._moved.append((tensor, tensor.data))
                     tensor.data = tensor.data.to(device)
-            if blocks:
+            if isinstance(network, BlockNetwork) and blocks:
                 stream = stream_blocks(
                     blocks, type(network).__name__, device=device, num_slots=num_slots, host=host
                 )
                 stream.returns = True
                 self._streams.append((network, stream))
                 self._of_block |= {id(block): stream for block in blocks}
-                network.visit = widening(network, stream)  # type: ignore[assignment]
-                network.keeps_place = True  # type: ignore[assignment]
+                network.visit = widening(network, stream)
+                network.keeps_place = True
 
     @property
     def counts(self) -> list[StreamCounts]:
@@ -251,8 +253,8 @@ class StreamedBase:
         """Plain networks again, on the host; what trains stays where it is."""
         for network, stream in self._streams:
             stream.close()
-            network.visit = widening(network, in_order)  # type: ignore[assignment]
-            network.keeps_place = False  # type: ignore[assignment]
+            network.visit = widening(network, in_order)
+            network.keeps_place = False
         for tensor, resting in self._moved:
             tensor.data = resting
         self._streams.clear()
@@ -282,7 +284,9 @@ class _UncompiledAttention:
 def compile_blocks(networks: Iterable[nn.Module], backend: str = "inductor") -> None:
     """Let torch.compile compile each block, but for attention; one code serves all blocks of a network."""
     for network in networks:
-        if hasattr(network, "attention"):
-            network.attention = _UncompiledAttention(network.attention)  # type: ignore[arg-type, assignment]
-        for block in cast("Iterable[nn.Module]", getattr(network, "blocks", ())):
-            block.compile(backend=backend)
+        if isinstance(network, WanDiT):
+            network.self_attention = _UncompiledAttention(network.self_attention)
+            network.cross_attention = _UncompiledAttention(network.cross_attention)
+        if isinstance(network, BlockNetwork):
+            for block in network.blocks:
+                block.compile(backend=backend)

@@ -37,6 +37,9 @@ STORED: Mapping[str, type] = {
     for kind in (Conditions, LatentPlan, VaceCondition, Reference, Speed, CameraPath, CameraRays)
 }
 
+# Fields of these that earlier versions wrote, and that nothing reads.
+FORMER: Mapping[str, tuple[str, ...]] = {"VaceCondition": ("times",)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleHeader:
@@ -261,12 +264,20 @@ def _header(file: Checkpoint) -> SampleHeader:
         )
     meta = {name: value for name, value in file.metadata.items() if name not in (STRUCTURE, "format")}
     try:
-        structure = json.loads(file.metadata[STRUCTURE])
+        structure = json.loads(file.metadata[STRUCTURE], object_hook=_as_now)
     except (KeyError, ValueError, RecursionError):
         structure = None
     if not isinstance(structure, dict):
         raise CorruptCheckpointError(f"{file.source}: its structure is no JSON object; make it anew.")
     return SampleHeader(path=file.paths[0], shapes=file.shapes, structure=structure, meta=meta)
+
+
+def _as_now(part: dict[str, object]) -> dict[str, object]:
+    """A part of a structure, without fields that are gone."""
+    gone, inner = FORMER.get(str(part.get("type")), ()), part.get("fields")
+    if not gone or not isinstance(inner, dict):
+        return part
+    return {**part, "fields": {name: value for name, value in inner.items() if name not in gone}}
 
 
 def _packed(value: object, name: str, tensors: dict[str, Tensor], names: dict[int, str]) -> object:

@@ -19,7 +19,7 @@ from diffsynth.vram_management.fp8 import widening
 from diffsynth.vram_management.host_memory import host_has_room, is_locked, lasting_memory, lock_tensors
 from diffsynth.vram_management.slots import StreamCounts
 from diffsynth.vram_management.streaming import stream_blocks
-from diffsynth.vram_management.visit import in_order
+from diffsynth.vram_management.visit import BlockNetwork, in_order
 
 if TYPE_CHECKING:
     from diffsynth.vram_management.plan import NetworkPlan
@@ -126,8 +126,8 @@ class _Whole:
 class _Streamed:
     """Its blocks are streamed; what is not in a block comes as a whole, but for tables read on the host."""
 
-    def __init__(self, network: nn.Module, device: torch.device, plan: NetworkPlan) -> None:
-        blocks = list(network.blocks)  # type: ignore[arg-type]
+    def __init__(self, network: BlockNetwork, device: torch.device, plan: NetworkPlan) -> None:
+        blocks = list(network.blocks)
         inside = {id(t) for block in blocks for t in (*block.parameters(), *block.buffers())}
         host_tables: tuple[str, ...] = getattr(network, "host_tables", ())
         rest = [
@@ -150,7 +150,7 @@ class _Streamed:
         self._rest.may_lock = self.may_lock
         self._rest.enter()
         self.stream.start()
-        self._network.visit = self._streaming  # type: ignore[assignment]
+        self._network.visit = self._streaming
 
     def send_ahead(self, twin: _Guest | None) -> None:
         """What is in no block sets out; blocks do when the twin, which is inside, has done with its own."""
@@ -159,7 +159,7 @@ class _Streamed:
             twin.stream.hand_over(self.stream)
 
     def leave(self) -> None:
-        self._network.visit = self._resting  # type: ignore[assignment]
+        self._network.visit = self._resting
         self.stream.stop()
         self._rest.leave()
 

@@ -6,7 +6,7 @@ And how it runs one: at once, unless training wants the backward pass to compute
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
@@ -45,3 +45,25 @@ class RunBlock(Protocol):
 def at_once(block: nn.Module, work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """All that the backward pass needs is kept: just run it."""
     return work(x)
+
+
+class BlockNetwork(nn.Module):
+    """A network whose blocks run one behind the other: a DiT, and adapters with blocks of their own.
+
+    Set from outside: ``visit``, how blocks come in for their turn; ``run_block``, how a block runs in
+    training; ``keeps_keys``, whether the keys of cross-attention stay from one step to the next;
+    ``keeps_place``, whether somebody else decides where the weights lie.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visit: Visit = in_order
+        self.run_block: RunBlock = at_once
+        self.keeps_keys = True
+        self.keeps_place = False
+
+    if TYPE_CHECKING:
+
+        @property
+        def blocks(self) -> nn.ModuleList:
+            """What may be streamed, in order."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffsynth.models.wan.stream import Call
+from diffsynth.models.wan.stream import Call, KeySlot
 from diffsynth.models.wan.text_tokens import TextTokens
 from diffsynth.ops.attention import AttentionKernel
 from diffsynth.ops.fused import Span, add, gated_add, modulated_layer_norm, rms_norm_heads
@@ -45,14 +45,15 @@ class Attention(nn.Module):
     def __init__(self, sizes: BlockSizes) -> None:
         super().__init__()
         self.sizes = sizes
+        self.head_dim = sizes.dim // sizes.num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(sizes.dim, sizes.dim) for _ in range(4))
         self.norm_q = RMSNorm(sizes.dim) if sizes.qk_norm else None
         self.norm_k = RMSNorm(sizes.dim) if sizes.qk_norm else None
 
     def heads(self, x: Tensor, norm: RMSNorm | None, rotation: Tensor | None = None) -> Tensor:
-        """(B, L, D) -> normalised, turned, (B, L, N, d)."""
+        """(B, L, N d) -> normalised, turned, (B, L, N, d); N are the heads that the layers here hold."""
         weight = None if norm is None else norm.weight
-        return rms_norm_heads(x, weight, self.sizes.eps, self.sizes.num_heads, rotation)
+        return rms_norm_heads(x, weight, self.sizes.eps, x.shape[-1] // self.head_dim, rotation)
 
 
 class SelfAttention(Attention):
@@ -69,14 +70,16 @@ class SelfAttention(Attention):
         """X (B, L, D) before its norm; ``modulation``: shift and scale, (B, K, D) each."""
         # Normalised here and not by the caller: a module's arguments live until it returns, and this one
         # would be a sixth stream beside x, q, k, v and what attention gives.
-        y = modulated_layer_norm(x, *modulation, spans, self.sizes.eps)
-        q = self.heads(self.q(y), self.norm_q, rotation)
-        k = self.heads(self.k(y), self.norm_k, rotation)
-        v = self.heads(self.v(y), None)
-        del y
+        q, k, v = self.project(modulated_layer_norm(x, *modulation, spans, self.sizes.eps), rotation)
         out = attention(q, k, v)
         del q, k, v
         return self.o(out.flatten(2))  # type: ignore[no-any-return]
+
+    def project(self, y: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised tokens (B, L, D) -> q, k and v, (B, L, N, d)."""
+        q = self.heads(self.q(y), self.norm_q, rotation)
+        k = self.heads(self.k(y), self.norm_k, rotation)
+        return q, k, self.heads(self.v(y), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,15 +142,19 @@ class DiTBlock(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, sizes.dim))
         nn.init.normal_(self.modulation, std=sizes.dim**-0.5)
 
-    def forward(self, x: Tensor, rotation: Tensor, keys: CrossKeys, call: Call) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, slot: KeySlot, call: Call) -> Tensor:
         """X (B, L, D) -> (B, L, D)."""
         rows = self.modulation.float() + call.t_mod  # (B, K, 6, D)
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = rows.unbind(2)
         eps, spans = self.sizes.eps, call.spans
-        y = self.self_attn(x, (shift_sa, scale_sa), spans, rotation, call.attention)
+        y = self.self_attn(x, (shift_sa, scale_sa), spans, rotation, call.self_attention)
         x = gated_add(x, y, gate_sa, spans)
         del y
-        x = add(x, self.cross_attn(self.norm3(x), keys, call.attention))
+        # Made in here, where the block's weights are: in training, sharded or streamed.
+        keys = self.cross_attn.keys(call.text, call.image) if slot.keys is None else slot.keys
+        if slot.keeps:
+            slot.keys = keys
+        x = add(x, self.cross_attn(self.norm3(x), keys, call.cross_attention))
         y = self._feed_forward(
             modulated_layer_norm(x, shift_ffn, scale_ffn, spans, eps), call.ffn_chunk_tokens
         )

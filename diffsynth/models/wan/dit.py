@@ -1,7 +1,7 @@
 """The diffusion transformer of every Wan model.
 
-It knows places, not tasks: channel planes beside the noise, text tokens, image tokens, five doors for
-adapters and a second clock. Everything a variant does to the transformer happens at one of these places.
+It knows places, not tasks: channel planes beside the noise, text tokens, image tokens, doors for adapters
+and several clocks. Everything a variant does to the transformer happens at one of these places.
 
 Letters: B batch, C latent channels, F H W latent frames, height, width; f h w the same in patches, L = f h w
 tokens; D width, K distinct times of a call. Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``.
@@ -10,9 +10,10 @@ tokens; D width, K distinct times of a call. Source: Wan2.1 and Wan2.2 ``wan/mod
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol, cast
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,27 +22,33 @@ from torch import Tensor, nn
 from diffsynth.conditioning.conditions import Conditions
 from diffsynth.errors import ArgumentError
 from diffsynth.models.wan.adapters.adapter import DiTAdapter
-from diffsynth.models.wan.blocks import BlockSizes, CrossKeys, DiTBlock
+from diffsynth.models.wan.blocks import BlockSizes, DiTBlock
 from diffsynth.models.wan.dit_config import PLANE_ORDER, DiTConfig
-from diffsynth.models.wan.stream import Call, TokenStream, read_clocks
+from diffsynth.models.wan.probe import Probe
+from diffsynth.models.wan.stream import (
+    Call,
+    KeySlots,
+    TokenSequence,
+    TokenStream,
+    WholeSequence,
+    read_clocks,
+)
 from diffsynth.models.wan.text_tokens import TextTokens, compact_padding
 from diffsynth.ops.attention import AttentionKernel, attend
 from diffsynth.ops.fp8_policy import Fp8Policy
 from diffsynth.ops.fused import linear_float32, modulated_layer_norm, spans_of
 from diffsynth.ops.rope import video_rotation
-from diffsynth.vram_management.visit import RunBlock, Visit, at_once, in_order
+from diffsynth.vram_management.visit import BlockNetwork
+
+if TYPE_CHECKING:
+    from diffsynth.denoising.step_cache import StepCache
+    from diffsynth.sampling.step import Step
 
 FFN_CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
-class StepCache(Protocol):
-    """May answer instead of the blocks; one memory per key (expert and side of the guidance)."""
-
-    def recall(self, key: str, probe: Tensor) -> Tensor | None:
-        """The blocks' change of x, (B, L, D), or None: run them. ``probe``: time modulation (B, K, 6, D)."""
-
-    def keep(self, key: str, change: Tensor) -> None:
-        """The blocks ran and changed x by this."""
+# What adapters remember, by name and input: each is prepared once, whatever number of sides has it.
+Memories = MutableMapping[tuple[str, int], tuple[object, object]]
 
 
 @dataclass(kw_only=True)
@@ -51,11 +58,10 @@ class Branch:
     text: TextTokens  # embedded
     image: Tensor | None  # embedded image tokens, (B, 257 or 514, D)
     planes: Tensor | None  # (B, in_dim - out_dim, F, H, W)
-    adapters: tuple[tuple[DiTAdapter, object], ...]  # those that have an input, with it
-    key: str = "positive"  # names this branch's memory in a step cache
-    keys: dict[int, CrossKeys] = field(
-        default_factory=dict
-    )  # cross-attention keys by block, filled by the first call
+    adapters: tuple[tuple[DiTAdapter, object], ...]  # those that have an input, with their memory of it
+    side: int = 0  # names this branch's memory in a step cache
+    skips: frozenset[int] = frozenset()  # blocks that are left out
+    keys: KeySlots = field(default_factory=KeySlots)  # of cross-attention, filled by the first call
 
 
 @dataclass(kw_only=True)
@@ -63,12 +69,33 @@ class _Pass:
     """A branch on its way through the blocks."""
 
     branch: Branch
-    stream: TokenStream
+    stream: TokenStream  # of this device
     call: Call
-    states: tuple[tuple[DiTAdapter, object], ...]
+    embedded: Tensor  # (B, K, D) float32
+    video: slice  # of the whole sequence
+    clock: Tensor | None  # of the video
     x: Tensor
+    states: tuple[object, ...] = ()  # of the branch's adapters
     before: Tensor | None = None  # x before the blocks, when a step cache wants the change
     is_cached: bool = False
+
+
+class _Embeddings:
+    """Times of one call, embedded once for all sides that follow the same ones."""
+
+    def __init__(self, dit: WanDiT) -> None:
+        self._dit = dit
+        self._made: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def of(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedding (B, K, D) and modulation (B, K, 6, D), both float32."""
+        for known, embedded, t_mod in self._made:
+            if known is times or torch.equal(known, times):
+                return embedded, t_mod
+        embedded = self._dit.embed_time(times)
+        t_mod = self._dit.modulation(embedded)
+        self._made.append((times, embedded, t_mod))
+        return embedded, t_mod
 
 
 class ImageEmbedding(nn.Module):
@@ -109,14 +136,15 @@ class Head(nn.Module):
         return linear_float32(y, self.head.weight, self.head.bias)
 
 
-class WanDiT(nn.Module):
+class WanDiT(BlockNetwork):
     """The transformer; see this module's legend.
 
-    Set from outside: ``attention``, a kernel (perhaps wrapped, to exchange heads between devices);
-    ``ffn_chunk_tokens``, tokens that go through a feed-forward layer at a time (None: by device); ``visit``,
-    how blocks come in for their turn; ``run_block``, how a block runs in training (`training.recompute`);
-    ``keeps_keys``, whether a branch keeps each block's cross-attention keys from one step to the next.
+    Set from outside, beside what every `BlockNetwork` has: ``self_attention`` and ``cross_attention``, two
+    kernels (perhaps wrapped, to exchange heads between devices); ``sequence``, how tokens are shared between
+    devices; ``ffn_chunk_tokens``, tokens that go through a feed-forward layer at a time (None: by device).
     """
+
+    blocks: nn.ModuleList
 
     fp8_policy = Fp8Policy(num_edge_blocks=1, multiplies=("self_attn.", "ffn."))
 
@@ -139,11 +167,19 @@ class WanDiT(nn.Module):
         self.head = Head(dim, math.prod(patch) * config.out_dim, config.eps)
         if config.image_dim is not None:
             self.img_emb = ImageEmbedding(config.image_dim, dim, config.image_tokens_pos)
-        self.attention: AttentionKernel = attend
+        self.self_attention: AttentionKernel = attend
+        self.cross_attention: AttentionKernel = attend
+        self.sequence: TokenSequence = WholeSequence()
         self.ffn_chunk_tokens: int | None = None
-        self.visit: Visit = in_order
-        self.run_block: RunBlock = at_once
-        self.keeps_keys = True
+
+    @property
+    def attention(self) -> AttentionKernel:
+        """The kernel of both attentions; set, it serves both."""
+        return self.self_attention
+
+    @attention.setter
+    def attention(self, kernel: AttentionKernel) -> None:
+        self.self_attention = self.cross_attention = kernel
 
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> WanDiT:
@@ -162,15 +198,27 @@ class WanDiT(nn.Module):
         return self.patch_embedding.weight.device
 
     def prepare(
-        self, conditions: Conditions, adapters: Sequence[DiTAdapter] = (), key: str = "positive"
+        self,
+        conditions: Conditions,
+        adapters: Sequence[DiTAdapter] = (),
+        *,
+        side: int = 0,
+        skips: frozenset[int] = frozenset(),
+        memories: Memories | None = None,
     ) -> Branch:
         """Embed one side of the guidance, once per generation.
 
         Args:
             conditions: text (B, tokens, text_dim) and the rest; see `Conditions`.
             adapters: the networks beside this DiT; those without an input in ``conditions`` are not visited.
-            key: names the branch's memory in a step cache.
+            side: names the branch's memory in a step cache.
+            skips: numbers of blocks that are left out.
+            memories: what adapters remember by now, of other sides; more is added.
         """
+        if beyond := [index for index in skips if not 0 <= index < len(self.blocks)]:
+            raise ArgumentError(
+                f"block {beyond[0]} is to be left out; this DiT has the blocks 0 to {len(self.blocks) - 1}."
+            )
         text = compact_padding(conditions.text.to(self.device, self.dtype), self.config.text_len)
         if text.x.shape[-1] != self.config.text_dim:
             raise ArgumentError(
@@ -185,13 +233,22 @@ class WanDiT(nn.Module):
             image=image,
             planes=self._join_planes(conditions.planes),
             adapters=tuple(
-                (a, conditions.adapters[a.name]) for a in adapters if a.name in conditions.adapters
+                (adapter, self._memory_of(adapter, conditions.adapters[adapter.name], memories))
+                for adapter in adapters
+                if adapter.name in conditions.adapters
             ),
-            key=key,
+            side=side,
+            skips=skips,
         )
 
     def forward(
-        self, latents: Tensor, timestep: Tensor, branches: Sequence[Branch], cache: StepCache | None = None
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        branches: Sequence[Branch],
+        cache: StepCache | None = None,
+        *,
+        step: Step | None = None,
     ) -> list[Tensor]:
         """Return one velocity (B, C, F, H, W) float32 per branch.
 
@@ -201,24 +258,28 @@ class WanDiT(nn.Module):
             latents: (B, C, F, H, W); H and W multiples of the patch.
             timestep: (B,), (B, F) or (B, L), 0..1000; see `read_clocks`.
             branches: from `prepare`; guidance has 2, training 1.
-            cache: may answer instead of the blocks.
+            cache: may answer instead of the blocks, where there is a step.
+            step: of a generation, told to adapters and the cache; None in training.
         """
         grid = self._grid(latents)
-        times, clock = read_clocks(timestep, grid)
-        embedded_time, t_mod = self._embed_time(times)
-        passes = [self._enter(latents, branch, grid, times, clock, t_mod) for branch in branches]
+        clocks, embeddings = read_clocks(timestep, grid), _Embeddings(self)
+        passes = [self._enter(latents, branch, grid, clocks, embeddings, step) for branch in branches]
         for one in passes:
-            self._ask_cache(one, cache)
+            self._ask_cache(one, latents, cache, step)
         running = [one for one in passes if not one.is_cached]
+        shared: dict[nn.Module, object] = {}
+        for one in running:
+            self._begin(one, shared, step)
         for index, block in self._visited(running):
             for one in running:
-                one.x = self._through(index, block, one)
-                for adapter, state in one.states:
-                    one.x = adapter.after_block(index, one.x, state)
-        for one in passes:
-            if cache is not None and one.before is not None:
-                cache.keep(one.branch.key, one.x - one.before)
-        return [self._leave(one, embedded_time, clock) for one in passes]
+                if index not in one.branch.skips:
+                    one.x = self._through(index, block, one, step)
+                for (adapter, memory), state in zip(one.branch.adapters, one.states, strict=True):
+                    one.x = adapter.after_block(index, one.x, state, memory, step)
+        for one in running:
+            if cache is not None and step is not None and one.before is not None:
+                cache.keep(step, one.branch.side, change=one.x - one.before)
+        return [self._leave(one) for one in passes]
 
     def _grid(self, latents: Tensor) -> tuple[int, int, int]:
         if latents.ndim != 5 or latents.shape[1] != self.config.out_dim:
@@ -232,8 +293,8 @@ class WanDiT(nn.Module):
             )
         return sizes[0][0], sizes[1][0], sizes[2][0]
 
-    def _embed_time(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """Times (B, K) -> embedding (B, K, D) and modulation (B, K, 6, D), both float32."""
+    def embed_time(self, times: Tensor) -> Tensor:
+        """Times (B, K), 0..1000 -> (B, K, D) float32."""
         half = self.config.freq_dim // 2
         # float64 on the CPU: near t = 1000 float32 angles are already off by 6e-5.
         angles = times[..., None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -241,9 +302,12 @@ class WanDiT(nn.Module):
         # Without waiting: one side of the guidance may still compute when the other begins.
         sinusoid = sinusoid.to(self.device, non_blocking=True)
         rise, _, fall = cast("tuple[nn.Linear, nn.SiLU, nn.Linear]", tuple(self.time_embedding))
-        embedded = linear_float32(
+        return linear_float32(
             F.silu(linear_float32(sinusoid, rise.weight, rise.bias)), fall.weight, fall.bias
         )
+
+    def modulation(self, embedded: Tensor) -> Tensor:
+        """Embedded times (B, K, D) -> shift, scale and gate of a block's halves, (B, K, 6, D) float32."""
         project = cast("nn.Linear", self.time_projection[1])
         # One sixth at a time: the projection is the largest weight that is widened to float32.
         active = F.silu(embedded)
@@ -251,7 +315,7 @@ class WanDiT(nn.Module):
             linear_float32(active, w, b)
             for w, b in zip(project.weight.chunk(6), project.bias.chunk(6), strict=True)
         ]
-        return embedded, torch.stack(parts, dim=2)
+        return torch.stack(parts, dim=2)
 
     def _join_planes(self, planes: Mapping[str, Tensor]) -> Tensor | None:
         wanted = self.config.planes
@@ -278,32 +342,61 @@ class WanDiT(nn.Module):
         latents: Tensor,
         branch: Branch,
         grid: tuple[int, int, int],
-        times: Tensor,
-        clock: Tensor | None,
-        t_mod: Tensor,
+        clocks: tuple[Tensor, Tensor | None],
+        embeddings: _Embeddings,
+        step: Step | None,
     ) -> _Pass:
-        for adapter, given in branch.adapters:
-            t_mod = adapter.modulate(t_mod, given)
+        stream = self._tokens(latents, branch, grid, clocks, step)
+        embedded, t_mod = embeddings.of(stream.times)
+        told = embedded
+        for adapter, memory in branch.adapters:
+            told = adapter.time(told, memory, step)
+        if told is not embedded:
+            embedded, t_mod = told, self.modulation(told)
+        for adapter, memory in branch.adapters:
+            t_mod = adapter.modulate(t_mod, memory, step)
+        whole, stream = stream, self.sequence.split(stream)
+        call = Call(
+            text=branch.text, image=branch.image, t_mod=t_mod,
+            spans=spans_of(stream.clock, stream.x.shape[1]), self_attention=self.self_attention,
+            cross_attention=self.cross_attention, keys=branch.keys, ffn_chunk_tokens=self.ffn_chunk_tokens or
+            FFN_CHUNK_TOKENS.get(self.device.type, 8192),
+        )  # fmt: skip
+        return _Pass(
+            branch=branch, stream=stream, call=call, embedded=embedded, video=whole.video, x=stream.x,
+            clock=None if whole.clock is None else whole.clock[whole.video],
+        )  # fmt: skip
+
+    def _tokens(
+        self,
+        latents: Tensor,
+        branch: Branch,
+        grid: tuple[int, int, int],
+        clocks: tuple[Tensor, Tensor | None],
+        step: Step | None,
+    ) -> TokenStream:
+        """The sequence of one side, with the tokens that adapters add."""
         x = self._embed_patches(latents, branch.planes, grid)
-        for adapter, given in branch.adapters:
+        for adapter, memory in branch.adapters:
             x = (
-                adapter.embed(x.transpose(1, 2).reshape(x.shape[0], -1, *grid), given)
+                adapter.embed(x.transpose(1, 2).reshape(x.shape[0], -1, *grid), memory, step)
                 .flatten(2)
                 .transpose(1, 2)
             )
         rotary = video_rotation(grid, self.config.dim // self.config.num_heads, self.device)
+        times, clock = clocks
         stream = TokenStream(
             x=x, rotary=rotary, grid=grid, video=slice(0, x.shape[1]), times=times, clock=clock
         )
-        for adapter, given in branch.adapters:
-            stream = adapter.extend(stream, given, self)
-        call = Call(
-            text=branch.text, t_mod=t_mod, spans=spans_of(stream.clock, stream.x.shape[1]),
-            attention=self.attention, ffn_chunk_tokens=self.ffn_chunk_tokens or
-            FFN_CHUNK_TOKENS.get(self.device.type, 8192),
-        )  # fmt: skip
-        states = tuple((adapter, adapter.begin(stream, given, call)) for adapter, given in branch.adapters)
-        return _Pass(branch=branch, stream=stream, call=call, states=states, x=stream.x)
+        for adapter, memory in branch.adapters:
+            stream = adapter.extend(stream, memory, step)
+        return stream if stream.times is times else stream.with_distinct_times()
+
+    def _begin(self, one: _Pass, shared: dict[nn.Module, object], step: Step | None) -> None:
+        one.call = replace(one.call, shared=shared)
+        one.states = tuple(
+            adapter.begin(one.stream, memory, one.call, step) for adapter, memory in one.branch.adapters
+        )
 
     def _embed_patches(self, latents: Tensor, planes: Tensor | None, grid: tuple[int, int, int]) -> Tensor:
         """The patch convolution as one matrix product: its kernel is its stride. (B, L, D)."""
@@ -318,19 +411,34 @@ class WanDiT(nn.Module):
             self.patch_embedding.bias,
         )
 
-    def _ask_cache(self, one: _Pass, cache: StepCache | None) -> None:
-        if cache is None:
+    def _memory_of(self, adapter: DiTAdapter, given: object, memories: Memories | None) -> object:
+        if memories is None:
+            return adapter.prepare(given, self)
+        slot = (adapter.name, id(given))
+        if slot not in memories:
+            memories[slot] = (given, adapter.prepare(given, self))  # the input lives on, and its id with it
+        return memories[slot][1]
+
+    def _ask_cache(self, one: _Pass, latents: Tensor, cache: StepCache | None, step: Step | None) -> None:
+        if cache is None or step is None:
             return
-        change = cache.recall(one.branch.key, one.call.t_mod)
+        probe = Probe(latents=latents, stream=one.stream, embedded=one.embedded, t_mod=one.call.t_mod)
+        change = cache.recall(step, one.branch.side, probe)
         if change is None:
             one.before = one.x.clone()
         else:
             one.x, one.is_cached = one.x + change, True
 
-    def _through(self, index: int, block: DiTBlock, one: _Pass) -> Tensor:
+    def _through(self, index: int, block: DiTBlock, one: _Pass, step: Step | None) -> Tensor:
+        slot = one.branch.keys.of(block, keeps=self.keeps_keys)
+        call = one.call
+        for adapter, memory in one.branch.adapters:
+            if type(adapter).attend is not DiTAdapter.attend:
+                beside = partial(_attend_beside, adapter, index, memory, step, call.self_attention)
+                call = replace(call, self_attention=beside)
+
         def work(x: Tensor) -> Tensor:
-            # The keys are made in here: in training they depend on the block's weights.
-            out: Tensor = block(x, one.stream.rotary, self._keys(index, block, one.branch), one.call)
+            out: Tensor = block(x, one.stream.rotary, slot, call)
             return out
 
         return self.run_block(block, work, one.x) if torch.is_grad_enabled() else work(one.x)
@@ -338,22 +446,33 @@ class WanDiT(nn.Module):
     def _visited(self, running: Sequence[_Pass]) -> Iterable[tuple[int, DiTBlock]]:
         if not running:
             return ()
-        has_keys = all(len(one.branch.keys) == len(self.blocks) for one in running)
-        has_keys = has_keys and not torch.is_grad_enabled()
+        has_keys = all(self._holds_keys(one.branch) for one in running)
         return enumerate(cast("Iterable[DiTBlock]", self.visit(self.blocks, has_keys=has_keys)))
 
-    def _keys(self, index: int, block: DiTBlock, branch: Branch) -> CrossKeys:
-        trains = torch.is_grad_enabled()
-        if index in branch.keys and not trains:
-            return branch.keys[index]
-        keys = block.cross_attn.keys(branch.text, branch.image)
-        if self.keeps_keys and not trains:
-            branch.keys[index] = keys
-        return keys
+    def _holds_keys(self, branch: Branch) -> bool:
+        return branch.keys.hold_all(b for index, b in enumerate(self.blocks) if index not in branch.skips)
 
-    def _leave(self, one: _Pass, embedded_time: Tensor, clock: Tensor | None) -> Tensor:
+    def _leave(self, one: _Pass) -> Tensor:
         """Tokens of the video -> velocity (B, C, F, H, W) float32."""
-        y = self.head(one.x[:, one.stream.video], embedded_time, clock)
+        y = self.head(self.sequence.gather(one.x)[:, one.video], one.embedded, one.clock)
         (f, h, w), (pf, ph, pw) = one.stream.grid, self.config.patch_size
         y = y.view(y.shape[0], f, h, w, pf, ph, pw, self.config.out_dim).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return y.reshape(y.shape[0], self.config.out_dim, f * pf, h * ph, w * pw)  # type: ignore[no-any-return]
+
+
+def _attend_beside(  # noqa: PLR0913 (what `DiTAdapter.attend` is told)
+    adapter: DiTAdapter,
+    index: int,
+    memory: object,
+    step: Step | None,
+    kernel: AttentionKernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Self-attention of a block at which an adapter stands."""
+    made = adapter.attend(index, q, k, v, memory, step, kernel) if bias is None and scale is None else None
+    return kernel(q, k, v, bias=bias, scale=scale) if made is None else made

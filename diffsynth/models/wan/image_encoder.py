@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffsynth.errors import ConfigurationError
 from diffsynth.ops.attention import attend
-from diffsynth.vram_management.visit import Visit, in_order
+from diffsynth.vram_management.visit import BlockNetwork
 
 # of the pictures that CLIP was trained on, red, green, blue
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -115,17 +115,13 @@ class VisualTower(nn.Module):
         self.transformer = nn.ModuleList(ImageEncoderLayer(config) for _ in range(config.num_layers - 1))
 
 
-class WanImageEncoder(nn.Module):
-    """Pictures -> features, (pictures, tokens, D).
-
-    Set from outside: ``visit``, how blocks come in for their turn.
-    """
+class WanImageEncoder(BlockNetwork):
+    """Pictures -> features, (pictures, tokens, D)."""
 
     def __init__(self, config: ImageEncoderConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or ImageEncoderConfig()
         self.visual = VisualTower(config)
-        self.visit: Visit = in_order
         self.unread = (
             "textual.", "log_scale", "visual.post_norm.", "visual.head",
             f"visual.transformer.{config.num_layers - 1}.",

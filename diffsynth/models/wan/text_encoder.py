@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diffsynth.ops.attention import attend
 from diffsynth.ops.fp8_policy import Fp8Policy
 from diffsynth.ops.fused import rms_norm
-from diffsynth.vram_management.visit import Visit, in_order
+from diffsynth.vram_management.visit import BlockNetwork
 
 MAX_DISTANCE = 128  # tokens farther apart than this share the last bucket
 
@@ -126,12 +126,13 @@ class TextEncoderLayer(nn.Module):
         return x + self.ffn(self.norm2(x))  # type: ignore[no-any-return]
 
 
-class WanTextEncoder(nn.Module):
+class WanTextEncoder(BlockNetwork):
     """Token ids -> features.
 
-    Set from outside: ``visit``, how blocks come in for their turn. The table of words may rest on another
-    device than the layers: some rows of it are looked up there.
+    The table of words may rest on another device than the layers: some rows of it are looked up there.
     """
+
+    blocks: nn.ModuleList
 
     host_tables = ("token_embedding.weight",)
     fp8_policy = Fp8Policy()
@@ -142,7 +143,6 @@ class WanTextEncoder(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(TextEncoderLayer(config) for _ in range(config.num_layers))
         self.norm = LayerNorm(config.dim, config.eps)
-        self.visit: Visit = in_order
 
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> WanTextEncoder:

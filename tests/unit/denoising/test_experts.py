@@ -7,12 +7,13 @@ import torch
 
 from diffsynth.conditioning.conditions import Conditions
 from diffsynth.denoising.expert import Expert, Experts
-from diffsynth.denoising.guidance import guided
+from diffsynth.denoising.guidance import Guidance, Guided, classifier_free, guided
 from diffsynth.errors import ArgumentError
 from diffsynth.models.wan.dit import WanDiT
 from diffsynth.sampling.registry import SAMPLERS
 from tests.golden_recipe import recipe_state_dict
 from tests.toys import TOY_DIT
+from tests.unit.denoising.asking import ask, at, step_at
 
 
 def expert(seed: int = 0) -> Expert:
@@ -25,10 +26,6 @@ def expert(seed: int = 0) -> Expert:
 
 def side(seed: int) -> Conditions:
     return Conditions(text=torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(seed)))
-
-
-def at(timestep: float) -> torch.Tensor:
-    return torch.full((1,), timestep, dtype=torch.float64)
 
 
 LATENTS = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -48,7 +45,7 @@ def test_official_grids_are_shared_as_officially(
     experts = Experts(expert(), expert(1), boundary)
     grid = SAMPLERS[sampler]()
     grid.reset(num_steps, shift)
-    answers = [experts.is_high(told) for told in grid.timesteps]
+    answers = [experts.name_at(told) == "high" for told in grid.timesteps]
     assert answers == sorted(answers, reverse=True), "one change, from high to low"
     assert (sum(answers), num_steps - sum(answers)) == expected
 
@@ -58,7 +55,7 @@ def test_the_expert_at_the_boundary_is_the_high_one() -> None:
     high, low = expert(1), expert(2)
     experts, positive = Experts(high, low, 0.875), side(1)
     for timestep, owner in ((875.0, high), (874.999, low)):
-        [answer] = experts(LATENTS, at(timestep), [positive])
+        [answer] = ask(experts, LATENTS, at(timestep), [positive])
         [alone] = owner.dit(LATENTS, at(timestep), [owner.dit.prepare(positive)])
         assert torch.equal(answer, alone)
 
@@ -66,9 +63,9 @@ def test_the_expert_at_the_boundary_is_the_high_one() -> None:
 @torch.no_grad()
 def test_clean_frames_do_not_decide_who_answers() -> None:
     experts = Experts(expert(1), expert(2), 0.875)
-    assert experts.is_high(torch.tensor([[0.0, 900.0]])), "the step's own time is the largest"
-    assert not experts.is_high(torch.tensor([[0.0, 800.0]]))
-    assert Experts(expert()).is_high(at(1.0)), "an expert alone answers everywhere"
+    assert experts.name_at(torch.tensor([[0.0, 900.0]])) == "high", "the step's own time is the largest"
+    assert experts.name_at(torch.tensor([[0.0, 800.0]])) == "low"
+    assert Experts(expert()).name_at(at(1.0)) == "high", "an expert alone answers everywhere"
 
 
 @torch.no_grad()
@@ -79,11 +76,11 @@ def test_a_branch_is_prepared_once_and_forgotten_with_its_expert() -> None:
         one.dit.text_embedding.register_forward_hook(lambda *_, name=name: prepared.append(name))
     experts, sides = Experts(high, low, 0.5), [side(1), side(2)]
     for timestep in (900.0, 800.0, 400.0, 300.0):
-        experts(LATENTS, at(timestep), sides)
+        ask(experts, LATENTS, at(timestep), sides)
     assert prepared == ["high", "high", "low", "low"]
-    experts(LATENTS, at(900.0), sides)
+    ask(experts, LATENTS, at(900.0), sides)
     assert prepared[4:] == ["high", "high"], "keys of an expert that was left are not kept"
-    experts(LATENTS, at(900.0), [side(3), sides[1]])
+    ask(experts, LATENTS, at(900.0), [side(3), sides[1]])
     assert prepared[6:] == ["high"], "a new side is prepared, the other kept"
 
 
@@ -91,14 +88,58 @@ def test_a_branch_is_prepared_once_and_forgotten_with_its_expert() -> None:
 def test_both_sides_in_one_call_equal_two_calls() -> None:
     one = expert()
     positive, negative = side(1), side(2)
-    both = Experts(one)(LATENTS, at(500.0), [positive, negative])
-    alone = [Experts(one)(LATENTS, at(500.0), [s])[0] for s in (positive, negative)]
+    both = ask(Experts(one), LATENTS, at(500.0), [positive, negative])
+    alone = [ask(Experts(one), LATENTS, at(500.0), [s])[0] for s in (positive, negative)]
+    experts = Experts(one)
+    step = step_at(experts, at(500.0))
+
+    def mix(scale: float) -> torch.Tensor:
+        branches = classifier_free(positive, negative, Guidance(high=scale, low=0.0))
+        return guided(experts, LATENTS, step, branches)
+
     assert torch.equal(both[0], alone[0]) and torch.equal(both[1], alone[1])
-    mixed = guided(Experts(one), LATENTS, at(500.0), positive, negative, 3.0)
+    mixed = mix(3.0)
     # lerp rounds once where the sum rounds twice
     torch.testing.assert_close(mixed, alone[1] + 3.0 * (alone[0] - alone[1]), atol=1e-5, rtol=1e-6)
-    assert torch.equal(guided(Experts(one), LATENTS, at(500.0), positive, negative, 1.0), alone[0])
-    assert torch.equal(guided(Experts(one), LATENTS, at(500.0), positive, negative, 0.0), alone[1])
+    assert torch.equal(mix(1.0), alone[0])
+    assert torch.equal(mix(0.0), alone[1])
+
+
+@torch.no_grad()
+def test_three_sides_are_a_weighted_sum_and_one_of_no_weight_is_not_asked() -> None:
+    one = expert()
+    experts, step = Experts(one), step_at(Experts(one), at(500.0))
+    asked: list[int] = []
+    one.dit.register_forward_pre_hook(lambda _, arguments: asked.append(len(arguments[2])))
+
+    def weighing(*weights: float) -> torch.Tensor:
+        sides = zip((side(1), side(2), side(3)), weights, strict=True)
+        branches = [Guided(conditions=c, weight=lambda step, w=w: w) for c, w in sides]
+        return guided(experts, LATENTS, step, branches)
+
+    first, second, third = (weighing(*(float(i == j) for j in range(3))) for i in range(3))
+    torch.testing.assert_close(weighing(3.0, -4.0, 2.0), 3 * first - 4 * second + 2 * third)
+    torch.testing.assert_close(weighing(0.0, 2.0, 2.0), 2 * second + 2 * third)
+    assert asked == [1, 1, 1, 3, 2]
+    with pytest.raises(ArgumentError, match="All sides of the guidance weigh 0 at step 1"):
+        weighing(0.0, 0.0, 0.0)
+
+
+@torch.no_grad()
+def test_a_side_may_leave_blocks_out() -> None:
+    one = expert()
+    experts, step, told = Experts(one), step_at(Experts(one), at(500.0)), side(1)
+
+    def skipping(*blocks: int) -> torch.Tensor:
+        branch = Guided(conditions=told, weight=lambda step: 1.0, skips=frozenset(blocks))
+        return guided(experts, LATENTS, step, [branch])
+
+    whole = skipping()
+    assert not torch.equal(skipping(1), whole) and torch.equal(skipping(), whole)
+    one.dit.blocks[1].register_forward_pre_hook(lambda *_: pytest.fail("block 1 ran"))
+    skipping(1)
+    with pytest.raises(ArgumentError, match="block 9 is to be left out; this DiT has the blocks 0 to 1"):
+        skipping(9)
 
 
 @pytest.mark.parametrize("boundary", [-0.1, 875.0])

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from diffsynth.conditioning.conditions import LatentPlan
 from diffsynth.denoising.expert import Experts
-from diffsynth.denoising.loop import Guidance, denoise
+from diffsynth.denoising.guidance import Guidance, classifier_free
+from diffsynth.denoising.loop import denoise, steps_of
 from diffsynth.errors import NotFiniteError
 from diffsynth.sampling.registry import SAMPLERS
 from diffsynth.sampling.sampler import Sampler
-from tests.unit.denoising.test_experts import LATENTS, at, expert, side
+from tests.unit.denoising.asking import ask, at
+from tests.unit.denoising.test_experts import LATENTS, expert, side
 
 GUIDANCE = Guidance(high=3.0, low=3.0)
 
@@ -28,11 +30,15 @@ def sampler(num_steps: int = 4, name: str = "euler") -> Sampler:
 @torch.no_grad()
 def walk(experts: Experts, latents: Tensor = LATENTS, **changed: Any) -> Tensor:
     usual: dict[str, Any] = {
-        "sampler": sampler(), "positive": side(1), "negative": side(2), "guidance": GUIDANCE,
         "plan": LatentPlan(), "on_step": lambda step, told, latents: latents, "progress": iter,
     }  # fmt: skip
+    grid, guidance = changed.pop("sampler", sampler()), changed.pop("guidance", GUIDANCE)
     arguments = {**usual, **changed}
-    return denoise(experts, arguments.pop("sampler"), latents, **arguments)
+    dtype = arguments.pop("timestep_dtype", None)
+    num_pinned = arguments["plan"].num_pinned
+    steps = steps_of(grid, experts, latents.shape, num_pinned=num_pinned, timestep_dtype=dtype)
+    branches = classifier_free(side(1), side(2), guidance)
+    return denoise(experts, grid, latents, steps=steps, branches=branches, **arguments)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -41,7 +47,7 @@ def test_the_walk_is_the_sampler_over_the_answers(name: str) -> None:
     hand, positive, negative = sampler(name=name), side(1), side(2)
     with torch.no_grad():
         for index, told in enumerate(hand.timesteps):
-            toward, away = Experts(one)(by_hand, told.double().expand(1), [positive, negative])
+            toward, away = ask(Experts(one), by_hand, told.double().expand(1), [positive, negative])
             by_hand = hand.step(away + 3.0 * (toward - away), index, by_hand)
     # guidance by lerp rounds once where the sum rounds twice, over four steps
     torch.testing.assert_close(walk(Experts(one), sampler=sampler(name=name)), by_hand, atol=2e-5, rtol=1e-5)
@@ -101,4 +107,14 @@ def test_each_expert_has_its_scale() -> None:
     experts = Experts(expert(1), expert(2), 0.8)
     both = walk(experts, guidance=Guidance(high=3.0, low=1.0))
     assert not torch.equal(both, walk(experts, guidance=Guidance(high=3.0, low=3.0)))
-    assert experts.is_high(at(1000.0)) and not experts.is_high(at(500.0))
+    assert [experts.name_at(at(time)) for time in (1000.0, 500.0)] == ["high", "low"]
+
+
+def test_a_step_knows_its_place_and_the_one_behind_it() -> None:
+    grid = sampler()
+    steps = steps_of(grid, Experts(expert(1), expert(2), 0.8), LATENTS.shape)
+    assert [(step.index, step.count) for step in steps] == [(index, 4) for index in range(4)]
+    assert [step.sigma for step in steps] == grid.sigmas[:4].tolist()
+    assert [step.next for step in steps] == [*steps[1:], None]
+    assert [step.expert for step in steps] == ["high", "high", "low", "low"]
+    assert "next" not in repr(steps[0])

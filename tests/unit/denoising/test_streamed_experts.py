@@ -9,6 +9,7 @@ from diffsynth.denoising.expert import Expert, Experts
 from diffsynth.models.wan.dit import WanDiT
 from diffsynth.models.wan.dit_config import DiTConfig
 from diffsynth.vram_management.streaming import BlockStream
+from tests.unit.denoising.asking import ask
 
 # the proportions of the 14B model: width to feed-forward 1 to 2.7
 CONFIG = DiTConfig(
@@ -29,7 +30,7 @@ def bytes_of_steps(*, interleaves: bool, keeps_keys: bool, steps: int) -> tuple[
     with torch.no_grad():
         for step in range(steps):
             before = stream.counts.bytes
-            toward, away = experts(latents, torch.tensor([900.0 - 100 * step]), sides)
+            toward, away = ask(experts, latents, torch.tensor([900.0 - 100 * step]), sides)
             latents = latents - 0.1 * (away + 3 * (toward - away))
             counted.append(stream.counts.bytes - before)
     stream.close()

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffsynth.errors import ArgumentError
 from diffsynth.models.wan.dit import WanDiT
 from diffsynth.pipelines.wan_video import WanVideoPipeline
+from tests.step_caches import EverySecondStep
 from tests.unit.pipelines.counting import calls_of
 
 
@@ -83,35 +85,30 @@ def test_the_boundary_can_be_moved(two_experts: WanVideoPipeline) -> None:
         assert (len(high), len(low)) == expected
 
 
-class RepeatingCache:
-    """Lets the blocks run at every second call of each key, and answers in between."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Tensor] = {}
-        self.asked: list[str] = []
-
-    def recall(self, key: str, probe: Tensor) -> Tensor | None:
-        self.asked.append(key)
-        assert probe.shape[2:] == (6, 48)
-        return self.kept.pop(key, None)
-
-    def keep(self, key: str, change: Tensor) -> None:
-        self.kept[key] = change
-
-
-def test_a_step_cache_is_asked_and_answers(toy_pipe: WanVideoPipeline) -> None:
+@pytest.mark.parametrize(("of_blocks", "num_walks"), [(True, 4), (False, 2)])
+def test_a_step_cache_is_asked_and_answers(
+    toy_pipe: WanVideoPipeline, of_blocks: bool, num_walks: int
+) -> None:
     assert isinstance(toy_pipe.dit, WanDiT)
     arguments = {"num_inference_steps": 4, "seed": 0, "output_type": "latent"}
-    cache = RepeatingCache()
-    with calls_of(toy_pipe.dit) as steps, calls_of(toy_pipe.dit.blocks[0]) as blocks:
+    cache = EverySecondStep(of_blocks=of_blocks)
+    with calls_of(toy_pipe.dit) as walks, calls_of(toy_pipe.dit.blocks[0]) as blocks:
         cached = toy_pipe("a red circle", step_cache=cache, **arguments)
-    assert (len(steps), len(blocks)) == (4, 4), "two sides at two of four steps"
-    assert cache.asked == ["high positive", "high negative"] * 4
+    assert (len(walks), len(blocks)) == (num_walks, 4), "two sides at two of four steps"
+    assert cache.begun == [(4, 2)]
+    assert cache.asked == [(index, "high", side) for index in range(4) for side in (0, 1)]
     difference = (cached - toy_pipe("a red circle", **arguments)).abs().max()
-    assert 0 < difference < 1.0
+    assert 0 < difference < 2.0
+    again = toy_pipe("a red circle", step_cache=cache, **arguments)
+    assert torch.equal(again, cached), "a generation begins with nothing"
 
 
 def test_a_step_cache_has_one_memory_per_expert(two_experts: WanVideoPipeline) -> None:
-    cache = RepeatingCache()
+    cache = EverySecondStep(of_blocks=True)
     two_experts("a red circle", step_cache=cache, num_inference_steps=4, seed=0, output_type="latent")
-    assert set(cache.asked) == {"high positive", "high negative", "low positive", "low negative"}
+    assert set(cache.kept) == {("high", 0), ("high", 1), ("low", 0), ("low", 1)}
+
+
+def test_what_is_no_step_cache_is_told_before_anything_runs(toy_pipe: WanVideoPipeline) -> None:
+    with pytest.raises(ArgumentError, match="step_cache is a dict without begin, answer, recall"):
+        toy_pipe("a red circle", step_cache={})

@@ -10,7 +10,6 @@ import torch
 from diffsynth.denoising.expert import Experts
 from diffsynth.errors import ArgumentError
 from diffsynth.pipelines.experts import step_counts
-from diffsynth.pipelines.noise import prepared_sampler
 from diffsynth.pipelines.presets import PRESETS
 from diffsynth.pipelines.request import read_request
 from diffsynth.pipelines.wan_video import WanVideoPipeline
@@ -19,13 +18,13 @@ from diffsynth.pipelines.wan_video import WanVideoPipeline
 def test_four_steps_of_lightx2v(toy_pipe: WanVideoPipeline, two_experts: WanVideoPipeline) -> None:
     request = read_request({"prompt": "a", "preset": "lightx2v-4step"}, toy_pipe.parts, "official")
     assert request.options.sampler == "euler" and request.cfg_scale == request.cfg_scale_low_noise == 1.0
-    sampler = prepared_sampler(request)
+    sampler = request.sampler
     published = torch.tensor([1.0, 0.9375, 0.83333, 0.625])  # [1000, 750, 500, 250] / 1000 after a shift of 5
     assert torch.allclose(sampler.sigmas[:4].float(), published, atol=1e-5)
     assert two_experts.parts.high is not None
     for boundary in (0.875, 0.900):
         experts = Experts(two_experts.parts.high, two_experts.parts.low, boundary)
-        assert [experts.is_high(t) for t in sampler.timesteps] == [True, True, False, False]
+        assert [experts.name_at(t) for t in sampler.timesteps] == ["high", "high", "low", "low"]
 
 
 def test_a_preset_makes_the_video_of_its_arguments(toy_pipe: WanVideoPipeline) -> None:
@@ -53,7 +52,7 @@ def test_what_is_given_beside_a_preset_wins_and_is_logged(
         request = read_request(
             {"prompt": "a", "preset": "lightx2v-4step", "sigmas": [1.0, 0.5]}, toy_pipe.parts, "official"
         )
-    assert len(prepared_sampler(request).timesteps) == 2
+    assert len(request.sampler.timesteps) == 2
     assert any("sigmas= replaces its sigma_shift=5.0" in record.getMessage() for record in caplog.records)
 
 
@@ -69,7 +68,7 @@ def test_the_pair_preset_shares_its_steps_as_it_says(
         if preset.num_high_steps is None:
             continue
         request = read_request({"prompt": "a", "preset": name}, two_experts.parts, "official")
-        sampler = prepared_sampler(request)
+        sampler = request.sampler
         counts = step_counts(two_experts.parts, request.options, sampler)
         assert counts == (preset.num_inference_steps, preset.num_high_steps)
         assert preset.lora_alpha is not None and set(preset.lora_alpha) == {"high", "low"}

@@ -331,7 +331,6 @@ def test_the_log_says_how_to_go_on(toy_pipe: WanVideoPipeline, file: Path, caplo
         ({"save_steps": "a.safetensors", "save_every": 1.5}, ArgumentError, "save_every is 1.5"),
         ({"save_every": 2}, ArgumentError, "without save_steps="),
         ({"save_steps": "a.safetensors", "save_latents": "./a.safetensors"}, ArgumentError, "are one file"),
-        ({"save_steps": "a.safetensors", "step_cache": object()}, ArgumentError, "step_cache= remembers"),
         ({"resume_from": 5}, ArgumentError, "resume_from is 5; give the file"),
         ({"resume_from": "absent.safetensors"}, CheckpointNotFoundError, "does not exist"),
     ],

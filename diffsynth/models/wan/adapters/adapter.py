@@ -1,4 +1,4 @@
-"""The five doors of the DiT, through which every variant of Wan enters."""
+"""The doors of the DiT, through which every variant of Wan enters."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ if TYPE_CHECKING:
     from diffsynth.models.wan.dit import WanDiT
     from diffsynth.models.wan.dit_config import DiTConfig
     from diffsynth.models.wan.stream import Call, TokenStream
+    from diffsynth.ops.attention import AttentionKernel
+    from diffsynth.sampling.step import Step
 
 
 class DiTAdapter(nn.Module):
-    """Five doors into the DiT. Each is closed here; an adapter opens only those it needs.
+    """Doors into the DiT, in the order in which a call passes them. Each is closed here.
 
-    An adapter holds weights only. ``given`` is its own frozen input of this side of the guidance,
-    ``conditions.adapters[self.name]``; an adapter without an input is not visited.
+    An adapter holds weights only. What it remembers of its input, ``conditions.adapters[self.name]``, is what
+    `prepare` returned: ``memory``. An adapter without an input is not visited. ``step`` is None in training.
     """
 
     name: str
@@ -24,22 +26,51 @@ class DiTAdapter(nn.Module):
     def join(self, dit: DiTConfig) -> None:
         """Learn the sizes of the DiT that it is used with; raises ConfigurationError when they do not fit."""
 
-    def modulate(self, t_mod: Tensor, given: object) -> Tensor:
-        """Time modulation, (B, K, 6, D)."""
-        return t_mod
+    def prepare(self, given: object, dit: WanDiT) -> object:
+        """What the other doors are handed as ``memory``.
 
-    def embed(self, grid: Tensor, given: object) -> Tensor:
+        Called once for each input, expert and generation; sides of the guidance that share the input share
+        the memory. In training called for each step, with gradients.
+        """
+        return given
+
+    def embed(self, grid: Tensor, memory: object, step: Step | None) -> Tensor:
         """Patches before they become a sequence, (B, D, f, h, w)."""
         return grid
 
-    def extend(self, stream: TokenStream, given: object, dit: WanDiT) -> TokenStream:
-        """Add tokens in front or behind; say which clock they follow."""
+    def extend(self, stream: TokenStream, memory: object, step: Step | None) -> TokenStream:
+        """Add tokens in front or behind, with rotary positions and times of their own."""
         return stream
 
-    def begin(self, stream: TokenStream, given: object, call: Call) -> object:
-        """Compute once per call what `after_block` needs."""
+    def time(self, embedded: Tensor, memory: object, step: Step | None) -> Tensor:
+        """The embedding of the distinct times, (B, K, D): the head sees it too."""
+        return embedded
+
+    def modulate(self, t_mod: Tensor, memory: object, step: Step | None) -> Tensor:
+        """Time modulation of the blocks, (B, K, 6, D)."""
+        return t_mod
+
+    def begin(self, stream: TokenStream, memory: object, call: Call, step: Step | None) -> object:
+        """Compute once per call what `after_block` needs: ``state``."""
         return None
 
-    def after_block(self, index: int, x: Tensor, state: object) -> Tensor:
+    def attend(
+        self,
+        index: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        memory: object,
+        step: Step | None,
+        kernel: AttentionKernel,
+    ) -> Tensor | None:
+        """Stand in for the self-attention of block ``index``; None: leave it to ``kernel``.
+
+        q, k and v are (B, L, N, d), turned by their rotary positions; so is the result. With
+        ``attend_with_lse`` results over several sets of keys are joined.
+        """
+        return None
+
+    def after_block(self, index: int, x: Tensor, state: object, memory: object, step: Step | None) -> Tensor:
         """Add to the sequence after block ``index``, (B, L, D)."""
         return x

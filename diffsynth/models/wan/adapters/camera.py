@@ -19,6 +19,7 @@ from diffsynth.models.wan.adapters.adapter import DiTAdapter
 
 if TYPE_CHECKING:
     from diffsynth.models.wan.dit_config import DiTConfig
+    from diffsynth.sampling.step import Step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,21 +91,21 @@ class CameraAdapter(DiTAdapter):
                 f"of {dit.patch_size[1:]}; load the pair that belongs together."
             )
 
-    def embed(self, grid: Tensor, given: object) -> Tensor:
+    def embed(self, grid: Tensor, memory: object, step: Step | None) -> Tensor:
         """Rays frame by frame: all at once would be the largest tensor of the call.
 
         Outside of training ``grid`` is changed in place: it is as large as the whole sequence.
         """
-        assert isinstance(given, CameraPath | CameraRays)
+        assert isinstance(memory, CameraPath | CameraRays)
         frames, *size = grid.shape[2:]
         pixels = [n * k * self.config.downscale for n, k in zip(size, self.config.kernel_size, strict=True)]
-        if given.shape != (self.config.in_dim, frames, *pixels):
+        if memory.shape != (self.config.in_dim, frames, *pixels):
             raise ArgumentError(
-                f"the camera's rays have shape {given.shape}; expected ({self.config.in_dim}, {frames}, "
+                f"the camera's rays have shape {memory.shape}; expected ({self.config.in_dim}, {frames}, "
                 f"{pixels[0]}, {pixels[1]}), the length and size of the video."
             )
         added = (
-            self.control_adapter(given.latent_frame(index).to(grid.device, grid.dtype))
+            self.control_adapter(memory.latent_frame(index).to(grid.device, grid.dtype))
             for index in range(frames)
         )
         if torch.is_grad_enabled():

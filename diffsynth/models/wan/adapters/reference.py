@@ -6,11 +6,10 @@ Letters: B batch, C latent channels, H W latent height and width, h w the same i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffsynth.conditioning.reference import Reference
 from diffsynth.errors import ArgumentError, ConfigurationError
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from diffsynth.models.wan.dit import WanDiT
     from diffsynth.models.wan.dit_config import DiTConfig
     from diffsynth.models.wan.stream import TokenStream
+    from diffsynth.sampling.step import Step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +30,16 @@ class ReferenceConfig:
     dim: int  # width of the DiT
     in_dim: int  # latent channels
     kernel_size: tuple[int, int] = (2, 2)  # latent rows and columns of one token
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Picture:
+    """A reference as tokens."""
+
+    tokens: Tensor  # (B or 1, h w, D)
+    size: tuple[int, ...]  # T, H, W of its latents
+    grid: tuple[int, ...]  # h, w
+    head_dim: int  # of the DiT
 
 
 class ReferenceAdapter(DiTAdapter):
@@ -66,30 +76,23 @@ class ReferenceAdapter(DiTAdapter):
                 "together."
             )
 
-    def extend(self, stream: TokenStream, given: object, dit: WanDiT) -> TokenStream:
+    def prepare(self, given: object, dit: WanDiT) -> object:
         assert isinstance(given, Reference)
-        x, video, (f, h, w) = stream.x, stream.video, stream.grid
-        grid = self.ref_conv(given.latents[:, :, 0].to(x.device, x.dtype))
-        if given.latents.shape[2] != 1 or grid.shape[2:] != (h, w):
+        grid = self.ref_conv(given.latents[:, :, 0].to(dit.device, dit.dtype))
+        return _Picture(
+            tokens=grid.flatten(2).transpose(1, 2), size=tuple(given.latents.shape[2:]),
+            grid=tuple(grid.shape[2:]), head_dim=dit.config.dim // dit.config.num_heads,
+        )  # fmt: skip
+
+    def extend(self, stream: TokenStream, memory: object, step: Step | None) -> TokenStream:
+        assert isinstance(memory, _Picture)
+        f, h, w = stream.grid
+        if memory.size[0] != 1 or memory.grid != (h, w):
             size = [n * k for n, k in zip((h, w), self.config.kernel_size, strict=True)]
             raise ArgumentError(
-                f"the reference's latents are {tuple(given.latents.shape[2:])}, one frame of {size[0]} x "
-                f"{size[1]} is expected; encode the picture at the size of the video."
+                f"the reference's latents are {memory.size}, one frame of {size[0]} x {size[1]} is expected; "
+                "encode the picture at the size of the video."
             )
-        tokens = grid.flatten(2).transpose(1, 2).expand(x.shape[0], -1, -1)
-        added, start = tokens.shape[1], video.start
-        rotary = video_rotation((f + 1, h, w), dit.config.dim // dit.config.num_heads, x.device)
-        others = (stream.rotary[:start], stream.rotary[video.stop :])
-        if any(len(other) for other in others):
-            rotary = torch.cat([others[0], rotary, others[1]])
-        clock = stream.clock
-        if clock is not None:
-            own = clock[video.stop - 1].expand(added)
-            clock = torch.cat([clock[:start], own, clock[start:]])
-        return replace(
-            stream,
-            x=torch.cat([x[:, :start], tokens, x[:, start:]], dim=1),
-            rotary=rotary,
-            video=slice(start + added, video.stop + added),
-            clock=clock,
-        )
+        rotary = video_rotation((f + 1, h, w), memory.head_dim, stream.x.device)
+        tokens = memory.tokens.expand(stream.x.shape[0], -1, -1)
+        return stream.with_video_rotary(rotary[h * w :]).with_tokens(tokens, rotary[: h * w])

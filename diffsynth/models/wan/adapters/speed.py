@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from diffsynth.conditioning.speed import Speed
 from diffsynth.models.wan.adapters.adapter import DiTAdapter
 from diffsynth.ops.fused import linear_float32
+
+if TYPE_CHECKING:
+    from diffsynth.models.wan.dit import WanDiT
+    from diffsynth.sampling.step import Step
 
 TIMES_PER_BUCKET = 10  # a bucket's number in the units of the time embedding
 
@@ -62,7 +66,11 @@ class SpeedAdapter(DiTAdapter):
             x = F.silu(linear_float32(x, layer.weight, layer.bias))
         return linear_float32(x, fall.weight, fall.bias)
 
-    def modulate(self, t_mod: Tensor, given: object) -> Tensor:
+    def prepare(self, given: object, dit: WanDiT) -> object:
+        """What is added to the six modulations, (B, 1, 6, D)."""
         assert isinstance(given, Speed)
-        added = self.embedding(given.motion_bucket_id).view(-1, 1, 6, self.config.dim)
-        return t_mod + added.to(t_mod)
+        return self.embedding(given.motion_bucket_id).view(-1, 1, 6, self.config.dim)
+
+    def modulate(self, t_mod: Tensor, memory: object, step: Step | None) -> Tensor:
+        assert isinstance(memory, Tensor)
+        return t_mod + memory.to(t_mod)

@@ -7,28 +7,26 @@ instead of a hint for every block. Source: Wan2.1 ``wan/modules/vace_model.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, cast
-from weakref import ReferenceType, WeakSet, ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from diffsynth.conditioning.vace import VaceCondition
 from diffsynth.errors import ArgumentError, ConfigurationError
 from diffsynth.models.wan.adapters.adapter import DiTAdapter
-from diffsynth.models.wan.blocks import BlockSizes, CrossKeys, DiTBlock
+from diffsynth.models.wan.blocks import BlockSizes, DiTBlock
 from diffsynth.ops.fp8_policy import Fp8Policy
 from diffsynth.ops.fused import add, spans_of
-from diffsynth.vram_management.visit import RunBlock, Visit, at_once, in_order
+from diffsynth.vram_management.visit import BlockNetwork
 
 if TYPE_CHECKING:
     from diffsynth.models.wan.dit_config import DiTConfig
-    from diffsynth.models.wan.stream import Call, TokenStream
-    from diffsynth.models.wan.text_tokens import TextTokens
+    from diffsynth.models.wan.stream import Call, KeySlots, TokenStream
+    from diffsynth.sampling.step import Step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +66,6 @@ class _Side:
     context: Tensor  # (B or 1, vace_in_dim, T, h, w)
     x: Tensor  # (B, L, D): the video's tokens before the first block, then those of VACE
     video: slice  # which tokens of the DiT's stream are the video
-    keys: dict[int, CrossKeys]  # by VACE block, kept from call to call
 
 
 @dataclass(eq=False)
@@ -76,21 +73,16 @@ class _Walk:
     """One visit of all VACE blocks; each stays for all sides of the guidance that run side by side."""
 
     adapter: VaceAdapter
-    sides: WeakSet[_Side] = field(default_factory=WeakSet)
+    keys: list[KeySlots] = field(default_factory=list)  # of the sides
     _blocks: Iterator[nn.Module] | None = None
     _turn: int = -1
     _block: nn.Module | None = None
-
-    @property
-    def is_started(self) -> bool:
-        return self._blocks is not None
 
     def block(self, turn: int) -> VaceBlock:
         """Block ``turn``; sides ask in order, and for a turn again while it lasts."""
         blocks = self.adapter.blocks
         if self._blocks is None:
-            has_keys = all(len(side.keys) == len(blocks) for side in self.sides)
-            has_keys = has_keys and not torch.is_grad_enabled()
+            has_keys = all(keys.hold_all(blocks) for keys in self.keys)
             self._blocks = iter(self.adapter.visit(blocks, has_keys=has_keys))
         while self._turn < turn:
             self._block = next(self._blocks)
@@ -99,12 +91,8 @@ class _Walk:
         return cast("VaceBlock", self._block)
 
 
-class VaceAdapter(DiTAdapter):
-    """Hints of a video, a mask and reference pictures; see `VaceCondition`.
-
-    Set from outside: ``visit``, how blocks come in for their turn; ``run_block``, how a block runs in
-    training; ``keeps_keys``, whether the keys of cross-attention stay from one step to the next.
-    """
+class VaceAdapter(DiTAdapter, BlockNetwork):
+    """Hints of a video, a mask and reference pictures; see `VaceCondition`."""
 
     name = "vace"
     fp8_policy = Fp8Policy(blocks="vace_blocks", multiplies=("self_attn.", "ffn."))
@@ -122,13 +110,7 @@ class VaceAdapter(DiTAdapter):
         self.vace_blocks = nn.ModuleList(
             VaceBlock(sizes, is_first=i == 0) for i in range(config.num_vace_blocks)
         )
-        self.visit: Visit = in_order
-        self.run_block: RunBlock = at_once
-        self.keeps_keys = True
         self._turns = _turns(config.vace_layers or (), config.num_vace_blocks)
-        self._walk: ReferenceType[_Walk] | None = None
-        # A side of the guidance is known by its embedded text, which lives as long as the generation.
-        self._keys = cast("MutableMapping[TextTokens, dict[int, CrossKeys]]", WeakIdKeyDictionary())
 
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> VaceAdapter:
@@ -173,42 +155,38 @@ class VaceAdapter(DiTAdapter):
             )
         self._turns = _turns(layers, own.num_vace_blocks)
 
-    def begin(self, stream: TokenStream, given: object, call: Call) -> object:
+    def begin(self, stream: TokenStream, memory: object, call: Call, step: Step | None) -> object:
         """Remember the video's tokens as they enter the DiT; None where the hints count for nothing."""
-        assert isinstance(given, VaceCondition)
-        scale = given.scale_at(float(stream.times.max()))
+        assert isinstance(memory, VaceCondition)
+        scale = memory.scale_at(step)
         if scale == 0.0:
             return None
-        self._check(given.context, stream)
-        walk = None if self._walk is None else self._walk()
-        if walk is None or walk.is_started:
-            walk = _Walk(self)
-            # Weak: a call's sides hold its walk, and with the last of them the last block leaves.
-            self._walk = ref(walk)
+        self._check(memory.context, stream)
+        walk = cast("_Walk", call.shared.setdefault(self, _Walk(self)))
         video, length = stream.video, stream.x.shape[1]
         clock = None if stream.clock is None else stream.clock[video]
         is_whole = len(range(length)[video]) == length
         side = _Side(
-            walk=walk, scale=scale, context=given.context, video=video,
+            walk=walk, scale=scale, context=memory.context, video=video,
             call=call if is_whole else replace(call, spans=spans_of(clock, len(range(length)[video]))),
             rotary=stream.rotary[video], x=stream.x[:, video].clone(),
-            keys=self._keys.setdefault(call.text, {}),
         )  # fmt: skip
-        walk.sides.add(side)
+        walk.keys.append(call.keys)
         return side
 
-    def after_block(self, index: int, x: Tensor, state: object) -> Tensor:
+    def after_block(self, index: int, x: Tensor, state: object, memory: object, step: Step | None) -> Tensor:
         """Run the VACE block that belongs to block ``index`` of the DiT, and add its hint to x (B, L, D)."""
         turn = self._turns.get(index)
         if turn is None or state is None:
             return x
         assert isinstance(state, _Side)
         block = state.walk.block(turn)
+        slot = state.call.keys.of(block, keeps=self.keeps_keys)
 
         def work(tokens: Tensor) -> Tensor:
             if turn == 0:
                 tokens = add(tokens, block.before_proj(self._embed(state.context)))
-            out: Tensor = block(tokens, state.rotary, self._keys_of(state, turn, block), state.call)
+            out: Tensor = block(tokens, state.rotary, slot, state.call)
             return out
 
         if not torch.is_grad_enabled():
@@ -239,15 +217,6 @@ class VaceAdapter(DiTAdapter):
         x = x.reshape(*x.shape[:2], frames // pf, pf, rows // ph, ph, columns // pw, pw)
         patches = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
         return F.linear(patches, weight.flatten(1), self.vace_patch_embedding.bias)
-
-    def _keys_of(self, side: _Side, turn: int, block: VaceBlock) -> CrossKeys:
-        trains = torch.is_grad_enabled()
-        if turn in side.keys and not trains:
-            return side.keys[turn]
-        keys = block.cross_attn.keys(side.call.text, None)
-        if self.keeps_keys and not trains:
-            side.keys[turn] = keys
-        return keys
 
 
 def _turns(layers: tuple[int, ...], count: int) -> dict[int, int]:

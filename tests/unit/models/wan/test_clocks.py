@@ -36,7 +36,8 @@ def first_frame_clean(num_frames: int) -> Tensor:
 def test_a_pinned_frame_takes_100_times_less_than_times_by_token(dit: WanDiT) -> None:
     times, clock = read_clocks(first_frame_clean(GRID_5B[0]), GRID_5B)
     assert clock is not None and clock.shape == (TOKENS_5B,)
-    made = dit._embed_time(times)
+    embedded = dit.embed_time(times)
+    made = (embedded, dit.modulation(embedded))
     used = sum(t.numel() for t in made)
     by_token = TOKENS_5B * 7 * dit.config.dim  # an embedding and six modulations each
     assert used * 100 <= by_token
@@ -46,8 +47,8 @@ def test_a_pinned_frame_takes_100_times_less_than_times_by_token(dit: WanDiT) ->
 
 
 def test_a_call_embeds_two_times_and_no_more(dit: WanDiT, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, embed = [], dit._embed_time
-    monkeypatch.setattr(dit, "_embed_time", lambda times: seen.append(times.tolist()) or embed(times))
+    seen, embed = [], dit.embed_time
+    monkeypatch.setattr(dit, "embed_time", lambda times: seen.append(times.tolist()) or embed(times))
     branch = dit.prepare(Conditions(text=torch.randn(1, 5, 32)))
     latents = torch.randn(1, 48, 3, 4, 4)
     by_frame = first_frame_clean(3)

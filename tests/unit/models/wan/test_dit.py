@@ -14,6 +14,8 @@ from diffsynth.models.wan.dit_config import DiTConfig, plane_channels
 from diffsynth.models.wan.stream import Call, TokenStream, read_clocks
 from diffsynth.models.wan.text_tokens import compact_padding, standin_scores
 from diffsynth.ops.attention import attend
+from diffsynth.sampling.step import Step
+from tests.step_caches import EverySecondStep, step
 
 
 def _dit(**changes: object) -> WanDiT:
@@ -73,24 +75,32 @@ class _Open(DiTAdapter):
         super().__init__()
         self.visits: list[str] = []
 
-    def modulate(self, t_mod: Tensor, given: object) -> Tensor:
+    def prepare(self, given: object, dit: WanDiT) -> object:
+        self.visits.append("prepare")
+        return given
+
+    def time(self, embedded: Tensor, memory: object, step: Step | None) -> Tensor:
+        self.visits.append("time")
+        return embedded
+
+    def modulate(self, t_mod: Tensor, memory: object, step: Step | None) -> Tensor:
         self.visits.append("modulate")
         return t_mod + 0.1
 
-    def embed(self, grid: Tensor, given: object) -> Tensor:
+    def embed(self, grid: Tensor, memory: object, step: Step | None) -> Tensor:
         assert grid.shape == (1, 48, 3, 2, 3)
         self.visits.append("embed")
         return grid + 0.1
 
-    def extend(self, stream: TokenStream, given: object, dit: WanDiT) -> TokenStream:
+    def extend(self, stream: TokenStream, memory: object, step: Step | None) -> TokenStream:
         self.visits.append("extend")
         return stream
 
-    def begin(self, stream: TokenStream, given: object, call: Call) -> object:
+    def begin(self, stream: TokenStream, memory: object, call: Call, step: Step | None) -> object:
         self.visits.append("begin")
-        return given
+        return memory
 
-    def after_block(self, index: int, x: Tensor, state: object) -> Tensor:
+    def after_block(self, index: int, x: Tensor, state: object, memory: object, step: Step | None) -> Tensor:
         assert state == "given"
         self.visits.append(f"after {index}")
         return x + 0.1
@@ -101,7 +111,9 @@ def test_every_door_is_visited_in_order_and_closed_doors_change_nothing() -> Non
     conditions = Conditions(text=_text().text, adapters={"toy": "given"})
     [plain] = dit(LATENTS, NOW, [dit.prepare(_text())])
     [opened] = dit(LATENTS, NOW, [dit.prepare(conditions, [adapter])])
-    assert adapter.visits == ["modulate", "embed", "extend", "begin", "after 0", "after 1"]
+    assert adapter.visits == [
+        "prepare", "embed", "extend", "time", "modulate", "begin", "after 0", "after 1",
+    ]  # fmt: skip
     assert not torch.allclose(plain, opened)
     closed = DiTAdapter()
     closed.name = "toy"
@@ -154,14 +166,15 @@ def test_time_embeddings_take_a_hundredth_of_those_by_token_and_less(
     assert num_tokens >= 100 * times.shape[1]
     # and the network embeds those alone
     made: list[int] = []
-    embed = WanDiT._embed_time
+    embed = WanDiT.embed_time
 
-    def counting(dit: WanDiT, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        both = embed(dit, given)
+    def counting(dit: WanDiT, given: torch.Tensor) -> torch.Tensor:
+        embedded = embed(dit, given)
+        both = (embedded, dit.modulation(embedded))
         made.append(sum(tensor.untyped_storage().nbytes() for tensor in both))
-        return both
+        return embedded
 
-    monkeypatch.setattr(WanDiT, "_embed_time", counting)
+    monkeypatch.setattr(WanDiT, "embed_time", counting)
     dit = _dit()
     frames = torch.tensor([[0.0, 700.0, 700.0]]) if num_clean else torch.full((1, 3), 700.0)
     dit(LATENTS, frames.repeat_interleave(6, dim=1), [dit.prepare(_text())])
@@ -197,25 +210,14 @@ def test_chunks_of_the_feed_forward_change_nothing() -> None:
     torch.testing.assert_close(whole, chunked, atol=1e-6, rtol=1e-5)
 
 
-class _Remembering:
-    def __init__(self) -> None:
-        self.kept: dict[str, Tensor] = {}
-
-    def recall(self, key: str, probe: Tensor) -> Tensor | None:
-        return self.kept.get(key)
-
-    def keep(self, key: str, change: Tensor) -> None:
-        self.kept[key] = change
-
-
 def test_a_step_cache_answers_instead_of_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    dit, cache = _dit(), _Remembering()
-    branch = dit.prepare(_text(), key="high positive")
-    [first] = dit(LATENTS, NOW, [branch], cache)
-    assert list(cache.kept) == ["high positive"]
+    dit, cache = _dit(), EverySecondStep(of_blocks=True)
+    branch = dit.prepare(_text(), side=1)
+    [first] = dit(LATENTS, NOW, [branch], cache, step=step(0))
+    assert list(cache.kept) == [("high", 1)]
     for block in dit.blocks:
         monkeypatch.setattr(block, "forward", lambda *_: pytest.fail("a block ran"))
-    [second] = dit(LATENTS, NOW, [branch], cache)
+    [second] = dit(LATENTS, NOW, [branch], cache, step=step(1))
     torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)  # x + (y - x) for y
 
 

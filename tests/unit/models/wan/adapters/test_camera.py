@@ -30,9 +30,9 @@ def grid_of(x: torch.Tensor) -> torch.Tensor:
 
 def test_training_and_generation_give_the_same(adapter: CameraAdapter, path: CameraPath) -> None:
     x = torch.randn(2, 18, DIM)
-    trained = adapter.embed(grid_of(x.clone()), path)
+    trained = adapter.embed(grid_of(x.clone()), path, None)
     with torch.no_grad():
-        made = adapter.embed(grid_of(x.clone()), path)
+        made = adapter.embed(grid_of(x.clone()), path, None)
     assert torch.equal(trained, made) and trained.requires_grad
     assert (made - grid_of(x)).abs().amax(dim=(1, 3, 4)).min() > 1e-2  # every frame of every sample
     assert made.flatten(2).transpose(1, 2).is_contiguous()  # blocks work on rows of D
@@ -43,13 +43,13 @@ def test_a_path_is_its_rays(adapter: CameraAdapter, path: CameraPath) -> None:
     rays = CameraRays(values=values)
     assert rays.shape == path.shape == (24, 3, HEIGHT, WIDTH)
     x = torch.zeros(1, 18, DIM)
-    assert torch.equal(adapter.embed(grid_of(x), rays), adapter.embed(grid_of(x), path))
+    assert torch.equal(adapter.embed(grid_of(x), rays, None), adapter.embed(grid_of(x), path, None))
 
 
 def test_rays_of_another_video_are_told(adapter: CameraAdapter, path: CameraPath) -> None:
     x = torch.zeros(1, 2 * 6, DIM).transpose(1, 2).reshape(1, DIM, 2, 2, 3)
     with pytest.raises(ArgumentError, match=r"expected \(24, 2, 32, 48\), the length and size of the video"):
-        adapter.embed(x, path)
+        adapter.embed(x, path, None)
 
 
 def test_an_adapter_of_another_patch_is_refused(adapter: CameraAdapter) -> None:

@@ -39,7 +39,7 @@ def stream(clock: torch.Tensor | None, num_times: int = 1) -> TokenStream:
 
 
 def test_the_video_moves_one_frame_on(adapter: ReferenceAdapter, dit: WanDiT) -> None:
-    made = adapter.extend(stream(None), REFERENCE, dit)
+    made = adapter.extend(stream(None), adapter.prepare(REFERENCE, dit), None)
     assert made.x.shape == (2, TOKENS + 8, 48) and made.video == slice(8, TOKENS + 8)
     assert (made.x[:, made.video] == 0).all() and (made.x[:, :8] != 0).any()
     assert torch.equal(made.rotary, video_rotation((4, 2, 4), 24, torch.device("cpu")))
@@ -48,7 +48,7 @@ def test_the_video_moves_one_frame_on(adapter: ReferenceAdapter, dit: WanDiT) ->
 
 def test_the_reference_follows_the_clock_of_the_last_frame(adapter: ReferenceAdapter, dit: WanDiT) -> None:
     clock = torch.tensor([0, 1, 1]).repeat_interleave(8)
-    made = adapter.extend(stream(clock, 2), REFERENCE, dit)
+    made = adapter.extend(stream(clock, 2), adapter.prepare(REFERENCE, dit), None)
     assert made.clock is not None and made.clock.tolist() == [1] * 8 + [0] * 8 + [1] * 16
 
 
@@ -59,7 +59,7 @@ def test_tokens_of_others_stay_around_it(adapter: ReferenceAdapter, dit: WanDiT)
     around = replace(
         bare, x=marks, rotary=rotary, video=slice(2, 2 + TOKENS), clock=torch.zeros(3 + TOKENS).long()
     )
-    made = adapter.extend(around, REFERENCE, dit)
+    made = adapter.extend(around, adapter.prepare(REFERENCE, dit), None)
     assert made.video == slice(10, 10 + TOKENS) and made.x.shape[1] == TOKENS + 11
     assert made.x[0, :2, 0].tolist() == [0, 1] and made.x[0, -1, 0] == 2 + TOKENS
     assert torch.equal(made.x[:, made.video], marks[:, 2:-1])
@@ -68,10 +68,13 @@ def test_tokens_of_others_stay_around_it(adapter: ReferenceAdapter, dit: WanDiT)
 
 
 def test_a_picture_of_another_size_is_told(adapter: ReferenceAdapter, dit: WanDiT) -> None:
+    def extended(latents: torch.Tensor) -> None:
+        adapter.extend(stream(None), adapter.prepare(Reference(latents=latents), dit), None)
+
     with pytest.raises(ArgumentError, match="encode the picture at the size of the video"):
-        adapter.extend(stream(None), Reference(latents=torch.zeros(1, 16, 1, 4, 4)), dit)
+        extended(torch.zeros(1, 16, 1, 4, 4))
     with pytest.raises(ArgumentError, match="one frame"):
-        adapter.extend(stream(None), Reference(latents=torch.zeros(1, 16, 2, 4, 8)), dit)
+        extended(torch.zeros(1, 16, 2, 4, 8))
 
 
 def test_pinned_frames_and_a_reference_go_together(adapter: ReferenceAdapter, dit: WanDiT) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -17,9 +18,12 @@ from diffsynth.errors import ArgumentError, ConfigurationError
 from diffsynth.models.wan.adapters.adapter import DiTAdapter
 from diffsynth.models.wan.adapters.vace import VaceAdapter, VaceConfig
 from diffsynth.models.wan.dit import Branch, WanDiT
+from diffsynth.models.wan.probe import Probe
 from diffsynth.models.wan.stream import TokenStream
 from diffsynth.pipelines.wan_video import WanVideoPipeline
+from diffsynth.sampling.step import Step
 from tests.golden_recipe import recipe_state_dict
+from tests.step_caches import NoCache, step
 from tests.toys import TOY_DIT
 from tests.vace_toys import TOY_VACE, vace_pipeline, write_toy_speed
 
@@ -48,7 +52,7 @@ def vace() -> VaceAdapter:
 def branches_of(dit: WanDiT, vace: VaceAdapter, given: VaceCondition, count: int = 2) -> list[Branch]:
     texts = torch.randn(count, 1, 5, 32, generator=torch.Generator().manual_seed(0))
     sides = [Conditions(text=text, adapters={"vace": given}) for text in texts]
-    return [dit.prepare(side, [vace], f"side {i}") for i, side in enumerate(sides)]
+    return [dit.prepare(side, [vace], side=i) for i, side in enumerate(sides)]
 
 
 def condition(**more: Any) -> VaceCondition:
@@ -100,22 +104,22 @@ def test_kept_keys_change_nothing_and_go_with_their_generation(dit: WanDiT, vace
     branches = branches_of(dit, vace, condition())
     first, second = ask(dit, branches), ask(dit, branches)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert len(vace._keys) == 2
+    with torch.no_grad():
+        slots = [branch.keys.of(block, keeps=True) for branch in branches for block in vace.blocks]
+    kept = [ref(slot.keys) for slot in slots if slot.keys is not None]
+    assert len(kept) == 4
     vace.keeps_keys = False
     fresh = branches_of(dit, vace, condition())
     assert all(torch.equal(a, b) for a, b in zip(first, ask(dit, fresh), strict=True))
-    del branches, fresh
-    assert len(vace._keys) == 0
+    del branches, fresh, slots
+    assert all(keys() is None for keys in kept)
 
 
-class Answers:
+class Answers(NoCache):
     """A step cache that answers for one side of the guidance."""
 
-    def recall(self, key: str, probe: Tensor) -> Tensor | None:
-        return torch.zeros(1, 8, TOY_DIT.dim) if key == "side 0" else None
-
-    def keep(self, key: str, change: Tensor) -> None:
-        pass
+    def recall(self, step: Step, side: int, probe: Probe) -> Tensor | None:
+        return torch.zeros(1, 8, TOY_DIT.dim) if side == 0 else None
 
 
 def test_side_that_a_cache_answers_does_not_hold_up_the_other(dit: WanDiT, vace: VaceAdapter) -> None:
@@ -124,7 +128,7 @@ def test_side_that_a_cache_answers_does_not_hold_up_the_other(dit: WanDiT, vace:
     expected = ask(dit, branches)[1]
     with torch.no_grad():
         for _ in range(3):
-            made = dit(torch.ones(LATENTS), torch.tensor([500.0]), branches, Answers())
+            made = dit(torch.ones(LATENTS), torch.tensor([500.0]), branches, Answers(), step=step())
     assert torch.equal(made[1], expected) and visits.seen == [0, 1] * 4
 
 
@@ -141,9 +145,12 @@ def test_scale_counts_and_zero_leaves_the_blocks_out(dit: WanDiT, vace: VaceAdap
     assert 0 < near < far
 
 
-def test_scale_of_a_step_is_told_by_its_time() -> None:
-    given = condition(scales=(1.0, 0.5, 0.0), times=(1000.0, 900.0, 300.0))
-    assert [given.scale_at(time) for time in (1000.0, 901.0, 899.0, 299.9)] == [1.0, 0.5, 0.5, 0.0]
+def test_each_step_has_its_scale() -> None:
+    given = condition(scales=(1.0, 0.5, 0.0))
+    assert [given.scale_at(step(index, 3)) for index in range(3)] == [1.0, 0.5, 0.0]
+    for other, words in ((None, "no steps"), (step(0, 4), "4 steps")):
+        with pytest.raises(ArgumentError, match=f"3 numbers, one per step, and there are {words}"):
+            given.scale_at(other)
 
 
 class Front(DiTAdapter):
@@ -151,13 +158,8 @@ class Front(DiTAdapter):
 
     name = "front"
 
-    def extend(self, stream: TokenStream, given: object, dit: WanDiT) -> TokenStream:
-        x, rotary = stream.x, stream.rotary
-        clock = None if stream.clock is None else torch.cat([stream.clock[:1].expand(2), stream.clock])
-        return replace(
-            stream, x=torch.cat([x[:, :2], x], 1), rotary=torch.cat([rotary[:2], rotary]), clock=clock,
-            video=slice(2, 2 + x.shape[1]),
-        )  # fmt: skip
+    def extend(self, stream: TokenStream, memory: object, step: Step | None) -> TokenStream:
+        return stream.with_tokens(stream.x[:, :2], stream.rotary[:2])
 
 
 @pytest.mark.parametrize("timestep", [[500.0], [[0.0, 500.0]]], ids=["one-time", "two-clocks"])
