@@ -38,7 +38,9 @@ from benchmarks.gpu.shared import (
 )
 from benchmarks.gpu.streams import plan_text
 from diffsynth.denoising.expert import Expert, Experts
+from diffsynth.denoising.loop import steps_of
 from diffsynth.models.wan.dit import WanDiT
+from diffsynth.sampling.euler import EulerSampler
 from diffsynth.vram_management.memory_plan import MemoryPlan
 from diffsynth.vram_management.plan import DiTSizes, layers_of_module, plan_memory
 from diffsynth.vram_management.residency import Residency
@@ -122,12 +124,13 @@ class Pair:
                 marks.set()
 
         hooks = [dit.blocks[0].register_forward_pre_hook(at_first_block) for dit in self.dits]
-        told = [torch.tensor([value]) for value in TIMES]
+        grid = EulerSampler()
+        grid.set_sigmas([value / 1000 for value in TIMES])
+        steps = steps_of(grid, experts, self.inputs.latents.shape)
         marks.set()
-        for step, timestep in enumerate(told):
+        for step in steps:
             begun[0] = False
-            experts.foresee(told[step + 1] if step + 1 < len(told) else None)
-            experts(self.inputs.latents, timestep, self.inputs.sides)
+            experts(self.inputs.latents, step, self.inputs.sides)
             marks.set()
         for hook in hooks:
             hook.remove()

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from benchmarks.common import GB, RESULTS, Row, as_object, commit, machine, memory_kib, peer_shown, shown
 from benchmarks.full_size import DIT_1_3B, DIT_14B, TOY_DIT
 from diffsynth.conditioning.conditions import Conditions
-from diffsynth.denoising.expert import Expert, Experts
+from diffsynth.denoising.expert import Expert, Experts, Side
 from diffsynth.models.wan.dit import WanDiT
+from diffsynth.sampling.step import Step
 
 T = TypeVar("T")
 
@@ -264,7 +265,7 @@ class Inputs:
     latents: Tensor  # (1, C, F, H, W) float32 on the device
     timestep: Tensor  # (1,)
     texts: tuple[Tensor, ...]  # (1, 512, text_dim) for each side of the guidance, on the device
-    sides: tuple[Conditions, ...]
+    sides: tuple[Side, ...]
     tokens: int  # L
 
     @property
@@ -290,7 +291,7 @@ def inputs_for(dit: WanDiT, size: VideoSize, device: torch.device, num_sides: in
         latents,
         torch.tensor([TIMESTEP]),
         texts,
-        tuple(Conditions(text=text) for text in texts),
+        tuple(Side(index=i, conditions=Conditions(text=text)) for i, text in enumerate(texts)),
         math.prod(shape) // math.prod(config.patch_size),
     )
 
@@ -300,10 +301,11 @@ def stepping(
 ) -> Callable[[], list[Tensor]]:
     """Our step, as a generation makes it: text is embedded, and keys kept if they are, by the first call."""
     experts = Experts(Expert(dit=dit), interleaves=interleaves)
+    told = Step(index=0, count=1, sigma=TIMESTEP / 1000, timestep=inputs.timestep)
 
     def step() -> list[Tensor]:
         dit.keeps_keys = keeps_keys
-        return experts(inputs.latents, inputs.timestep, inputs.sides[:num_sides])
+        return experts(inputs.latents, told, inputs.sides[:num_sides])
 
     return step
 

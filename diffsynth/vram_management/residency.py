@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -227,7 +227,7 @@ class Residency:
             ):
                 guest.stream.arrange(plan.resident_blocks, plan.num_slots)
             else:
-                self._replace(name, _Streamed(network, self._device, plan))
+                self._replace(name, _Streamed(cast("BlockNetwork", network), self._device, plan))
             self._guests[name].may_lock = may_lock
         self._stays = {name for name, plan in plans.items() if plan.where == "resident"}
         self._pairs = {name for name, plan in plans.items() if plan.is_of_pair}
