@@ -65,9 +65,11 @@ class Pair:
     def prepared(self) -> list[Branch]:
         """Both sides of the guidance with their keys, which a generation computes once."""
         branches = [self.ours.prepare(Conditions(text=text)) for text in self.texts]
-        for branch in branches:
-            for index, block in enumerate(self.ours.blocks):
-                self.ours._keys(index, block, branch)
+        with torch.no_grad():
+            for branch in branches:
+                for block in self.ours.blocks:
+                    slot = branch.keys.of(block, keeps=True)
+                    slot.keys = block.cross_attn.keys(branch.text, branch.image)
         return branches
 
     def run_ours(self, sides: int = 1) -> list[Tensor]:

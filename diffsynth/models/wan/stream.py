@@ -126,6 +126,10 @@ class KeySlots:
         slot.keeps = keeps
         return slot
 
+    def clear(self) -> None:
+        """Make all keys anew at the next call."""
+        self._slots.clear()
+
     def hold_all(self, blocks: Iterable[nn.Module]) -> bool:
         """Whether the keys of all these are kept already."""
         slots = [self._slots.get(block) for block in blocks]

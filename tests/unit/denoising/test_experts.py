@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from diffsynth.conditioning.conditions import Conditions
-from diffsynth.denoising.expert import Expert, Experts
+from diffsynth.denoising.expert import Expert, Experts, Side
 from diffsynth.denoising.guidance import Guidance, Guided, classifier_free, guided
 from diffsynth.errors import ArgumentError
 from diffsynth.models.wan.dit import WanDiT
 from diffsynth.sampling.registry import SAMPLERS
+from diffsynth.sampling.step import Step
 from tests.golden_recipe import recipe_state_dict
+from tests.step_caches import NoCache
 from tests.toys import TOY_DIT
 from tests.unit.denoising.asking import ask, at, step_at
 
@@ -123,6 +127,24 @@ def test_three_sides_are_a_weighted_sum_and_one_of_no_weight_is_not_asked() -> N
     assert asked == [1, 1, 1, 3, 2]
     with pytest.raises(ArgumentError, match="All sides of the guidance weigh 0 at step 1"):
         weighing(0.0, 0.0, 0.0)
+
+
+@torch.no_grad()
+def test_an_answered_step_still_sends_the_next_expert_ahead() -> None:
+    class Answers(NoCache):
+        def answer(self, step: Step, side: int, latents: torch.Tensor) -> torch.Tensor | None:
+            return torch.zeros_like(latents)
+
+    high, low = replace(expert(1), networks=("high",)), replace(expert(2), networks=("low",))
+    entered: list[str] = []
+    sent: list[str] = []
+    experts = Experts(high, low, 0.8, Answers(), bring_in=entered.append, send_ahead=sent.append)
+    following = step_at(experts, at(500.0))
+    told = [Side(index=0, conditions=side(1))]
+    assert not experts(LATENTS, step_at(experts, at(900.0), following), told)[0].any()
+    assert (entered, sent) == ([], ["low"])
+    experts(LATENTS, step_at(experts, at(500.0), step_at(experts, at(400.0))), told)
+    assert sent == ["low"], "the next step is of the same expert"
 
 
 @torch.no_grad()

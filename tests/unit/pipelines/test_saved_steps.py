@@ -32,6 +32,7 @@ from diffsynth.pipelines.saved_latents import read_latents
 from diffsynth.pipelines.saved_steps import StepsPath, read_steps
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.sampling.registry import SAMPLERS
+from tests.step_caches import EverySecondStep
 from tests.stopping import stopping_before
 from tests.toys import TOY_DIT, TOY_FILES
 from tests.unit.lora.files import comfy_file
@@ -87,6 +88,26 @@ def test_a_run_goes_on_with_the_same_bits(
             made = latents(pipe, sampler=sampler, resume_from=file, **more)
         assert len(calls) == 4 - before
         assert torch.equal(made, latents(pipe, sampler=sampler, **more))
+
+
+@pytest.mark.parametrize("of_blocks", [True, False], ids=["blocks", "velocities"])
+def test_what_a_step_cache_remembers_is_saved_with_the_steps(
+    of_blocks: bool, two_experts: WanVideoPipeline, file: Path
+) -> None:
+    expected = latents(two_experts, step_cache=EverySecondStep(of_blocks=of_blocks))
+    assert not torch.equal(expected, latents(two_experts))
+    for limits in ({}, {"num_persistent_param_in_dit": 0}):
+        if limits:
+            two_experts.enable_vram_management(**limits)
+        dies(two_experts, file, 3, step_cache=EverySecondStep(of_blocks=of_blocks))
+        again = EverySecondStep(of_blocks=of_blocks)
+        assert torch.equal(latents(two_experts, resume_from=file, step_cache=again), expected)
+        assert [index for index, _, _ in again.asked] == [3, 3]
+    two_experts.disable_vram_management()
+    other = EverySecondStep(of_blocks=not of_blocks)
+    for cache, words in ((other, r"and is 'EverySecondStep\(of_blocks="), (None, "and is not given")):
+        with pytest.raises(ResumeError, match=rf"step cache was 'EverySecondStep\(of_blocks=.*\)' {words}"):
+            latents(two_experts, resume_from=file, step_cache=cache)
 
 
 def test_a_run_may_die_again_and_be_saved_in_the_same_file(toy_pipe: WanVideoPipeline, file: Path) -> None:

@@ -34,23 +34,23 @@ class DiTAdapter(nn.Module):
         """
         return given
 
-    def embed(self, grid: Tensor, memory: object, step: Step | None) -> Tensor:
+    def embed(self, grid: Tensor, memory: object, step: Step | None = None) -> Tensor:
         """Patches before they become a sequence, (B, D, f, h, w)."""
         return grid
 
-    def extend(self, stream: TokenStream, memory: object, step: Step | None) -> TokenStream:
+    def extend(self, stream: TokenStream, memory: object, step: Step | None = None) -> TokenStream:
         """Add tokens in front or behind, with rotary positions and times of their own."""
         return stream
 
-    def time(self, embedded: Tensor, memory: object, step: Step | None) -> Tensor:
+    def time(self, embedded: Tensor, memory: object, step: Step | None = None) -> Tensor:
         """The embedding of the distinct times, (B, K, D): the head sees it too."""
         return embedded
 
-    def modulate(self, t_mod: Tensor, memory: object, step: Step | None) -> Tensor:
+    def modulate(self, t_mod: Tensor, memory: object, step: Step | None = None) -> Tensor:
         """Time modulation of the blocks, (B, K, 6, D)."""
         return t_mod
 
-    def begin(self, stream: TokenStream, memory: object, call: Call, step: Step | None) -> object:
+    def begin(self, stream: TokenStream, memory: object, call: Call, step: Step | None = None) -> object:
         """Compute once per call what `after_block` needs: ``state``."""
         return None
 
@@ -71,6 +71,8 @@ class DiTAdapter(nn.Module):
         """
         return None
 
-    def after_block(self, index: int, x: Tensor, state: object, memory: object, step: Step | None) -> Tensor:
+    def after_block(
+        self, index: int, x: Tensor, state: object, memory: object, step: Step | None = None
+    ) -> Tensor:
         """Add to the sequence after block ``index``, (B, L, D)."""
         return x

@@ -91,7 +91,7 @@ class CameraAdapter(DiTAdapter):
                 f"of {dit.patch_size[1:]}; load the pair that belongs together."
             )
 
-    def embed(self, grid: Tensor, memory: object, step: Step | None) -> Tensor:
+    def embed(self, grid: Tensor, memory: object, step: Step | None = None) -> Tensor:
         """Rays frame by frame: all at once would be the largest tensor of the call.
 
         Outside of training ``grid`` is changed in place: it is as large as the whole sequence.

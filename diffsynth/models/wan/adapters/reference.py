@@ -84,7 +84,7 @@ class ReferenceAdapter(DiTAdapter):
             grid=tuple(grid.shape[2:]), head_dim=dit.config.dim // dit.config.num_heads,
         )  # fmt: skip
 
-    def extend(self, stream: TokenStream, memory: object, step: Step | None) -> TokenStream:
+    def extend(self, stream: TokenStream, memory: object, step: Step | None = None) -> TokenStream:
         assert isinstance(memory, _Picture)
         f, h, w = stream.grid
         if memory.size[0] != 1 or memory.grid != (h, w):

@@ -71,6 +71,6 @@ class SpeedAdapter(DiTAdapter):
         assert isinstance(given, Speed)
         return self.embedding(given.motion_bucket_id).view(-1, 1, 6, self.config.dim)
 
-    def modulate(self, t_mod: Tensor, memory: object, step: Step | None) -> Tensor:
+    def modulate(self, t_mod: Tensor, memory: object, step: Step | None = None) -> Tensor:
         assert isinstance(memory, Tensor)
         return t_mod + memory.to(t_mod)

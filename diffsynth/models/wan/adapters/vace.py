@@ -155,7 +155,7 @@ class VaceAdapter(DiTAdapter, BlockNetwork):
             )
         self._turns = _turns(layers, own.num_vace_blocks)
 
-    def begin(self, stream: TokenStream, memory: object, call: Call, step: Step | None) -> object:
+    def begin(self, stream: TokenStream, memory: object, call: Call, step: Step | None = None) -> object:
         """Remember the video's tokens as they enter the DiT; None where the hints count for nothing."""
         assert isinstance(memory, VaceCondition)
         scale = memory.scale_at(step)
@@ -174,7 +174,9 @@ class VaceAdapter(DiTAdapter, BlockNetwork):
         walk.keys.append(call.keys)
         return side
 
-    def after_block(self, index: int, x: Tensor, state: object, memory: object, step: Step | None) -> Tensor:
+    def after_block(
+        self, index: int, x: Tensor, state: object, memory: object, step: Step | None = None
+    ) -> Tensor:
         """Run the VACE block that belongs to block ``index`` of the DiT, and add its hint to x (B, L, D)."""
         turn = self._turns.get(index)
         if turn is None or state is None:
