@@ -15,7 +15,7 @@ from tqdm import tqdm
 from diffsynth.conditioning.camera import USUAL_ORIGIN
 from diffsynth.conditioning.clips import Fit
 from diffsynth.denoising.loop import ProgressBar
-from diffsynth.models.wan.dit import StepCache
+from diffsynth.denoising.step_cache import StepCache
 from diffsynth.video import Frame, Resize
 from diffsynth.video.pixels import Frames
 

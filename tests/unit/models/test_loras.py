@@ -212,7 +212,7 @@ def test_rounds_of_loading_leave_nothing_behind(rounds: int, files: Path) -> Non
         manager.load_lora(files / "every.safetensors", mode="attach" if round_ % 2 else "fuse")
         manager.unload_lora()
         counts.append(living())
-    assert counts[1] == counts[-1], counts
+    assert all(now <= first for now, first in zip(counts[-1], counts[1], strict=True)), counts
 
 
 def test_a_schedule_needs_an_attached_lora(files: Path) -> None:
