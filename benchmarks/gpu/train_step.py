@@ -116,7 +116,7 @@ def step_of(velocity: Velocity, factors: list[nn.Parameter], inputs: Inputs) -> 
 
 def ours(run: Run, mode: Mode, *, is_offloaded: bool = False, base: StreamedBase | None = None) -> Measured:
     """Our step; the factors are there before the blocks are streamed."""
-    text = run.inputs.sides[0]
+    text = run.inputs.sides[0].conditions
     offload = CheckpointOffload() if is_offloaded else None
     recompute = Recompute(mode, offload=offload, bring_back=base.bring_back if base else None)
 

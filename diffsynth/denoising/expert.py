@@ -118,7 +118,7 @@ class Experts:
             if walk == len(together):
                 self._announce(step)
             call = expert.dit if expert.call is None else expert.call
-            made = call(latents, step.timestep, some, cache, step=step)
+            made = call(latents, step.timestep, some, cache, step)
             velocities |= {branch.side: one for branch, one in zip(some, made, strict=True)}
         if cache is not None:
             for side, velocity in velocities.items():

@@ -247,7 +247,6 @@ class WanDiT(BlockNetwork):
         timestep: Tensor,
         branches: Sequence[Branch],
         cache: StepCache | None = None,
-        *,
         step: Step | None = None,
     ) -> list[Tensor]:
         """Return one velocity (B, C, F, H, W) float32 per branch.

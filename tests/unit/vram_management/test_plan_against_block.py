@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffsynth.models.wan.blocks import BlockSizes, DiTBlock
-from diffsynth.models.wan.stream import Call
+from diffsynth.models.wan.stream import Call, KeySlot, KeySlots
 from diffsynth.models.wan.text_tokens import TextTokens
 from diffsynth.ops.fused import spans_of
 from diffsynth.vram_management.activations import Workload, block_stages
@@ -60,14 +60,14 @@ def test_a_block_takes_what_the_plan_says(dtype: torch.dtype) -> None:
     block = DiTBlock(BlockSizes(dim=dim, ffn_dim=2 * dim, num_heads=2)).to(dtype)
     text = TextTokens(x=torch.zeros(1, 8, dim, dtype=dtype), bias=None)
     call = Call(
-        text=text, t_mod=torch.zeros(1, 1, 6, dim), spans=spans_of(None, tokens), attention=no_attention,
-        ffn_chunk_tokens=chunk,
+        text=text, image=None, t_mod=torch.zeros(1, 1, 6, dim), spans=spans_of(None, tokens),
+        self_attention=no_attention, cross_attention=no_attention, ffn_chunk_tokens=chunk, keys=KeySlots(),
     )  # fmt: skip
     rotation = torch.ones(tokens, 1, dim // 4, 2)
     x = torch.randn(1, tokens, dim).to(dtype)
-    keys = block.cross_attn.keys(text, None)
+    slot = KeySlot(keeps=False, keys=block.cross_attn.keys(text, None))
     with LiveBytes() as live:
-        block(x, rotation, keys, call)
+        block(x, rotation, slot, call)
     stream = x.numel() * x.element_size()
     work = Workload(
         height=16, width=16, num_frames=1, device="cpu",
