@@ -272,6 +272,12 @@ def to_text(plan: MemoryPlan, parts: Parts, request: PlanRequest, paths: Sequenc
         f"Host: {plan.pinned_bytes / GIB:.2f} GiB pinned, {plan.pageable_bytes / GIB:.2f} GiB plain; "
         f"{plan.mapped_bytes / GIB:.2f} GiB stay in their files."
     )
+    if plan.locked_bytes:
+        names = ", ".join(name for name, network in plan.networks.items() if network.locked_bytes)
+        lines.append(
+            f"Of these, {plan.locked_bytes / GIB:.2f} GiB ({names}) are pinned as well when they come a "
+            "second time, where the host has twice as much free; with --ram they never are."
+        )
     if plan.compute_s:
         rates, is_ring = request.rates, plan.networks["dit"].host == "ring"
         copy_gbs = rates.ring_gbs if is_ring else rates.copy_gbs
@@ -313,7 +319,8 @@ def to_json(plan: MemoryPlan, parts: Parts, request: PlanRequest) -> str:
     """Render a plan as one JSON object."""
     phases = [{**asdict(phase), "peak_bytes": phase.peak_bytes} for phase in plan.phases]
     totals = {
-        name: getattr(plan, name) for name in ("peak_bytes", "pinned_bytes", "pageable_bytes", "mapped_bytes")
+        name: getattr(plan, name)
+        for name in ("peak_bytes", "pinned_bytes", "pageable_bytes", "mapped_bytes", "locked_bytes")
     }
     told = {**asdict(plan), "phases": phases, **totals, "request": asdict(request)}
     return json.dumps({**told, "passed_over": parts.passed_over}, indent=2)

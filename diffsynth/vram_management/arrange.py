@@ -70,6 +70,16 @@ class PlanRequest:
             return math.inf
         return self.ram_limit_gib * GIB - HOST_RESERVE_BYTES[self.work.device]
 
+    @property
+    def may_lock(self) -> bool:
+        """Whether networks that come as a whole may rest in pinned memory: a limit counts streams alone."""
+        return self.work.device == "cuda" and self.ram_limit_gib is None
+
+    @property
+    def is_free(self) -> bool:
+        """Nothing is limited: every network then comes for its phase."""
+        return (self.vram_limit_gib, self.ram_limit_gib, self.num_persistent) == (None, None, None)
+
     def scene(self, ringed: frozenset[str] = frozenset()) -> Scene | None:
         """What choices about the DiTs depend on; None without a DiT."""
         if self.dit is None or not any(name in self.sizes for name in DITS):
@@ -261,9 +271,15 @@ class Arrangement:
             num_parameters=size.num_parameters, weight_bytes=size.num_bytes, device_bytes=size.num_bytes,
             pageable_bytes=size.unmapped_bytes, mapped_bytes=size.num_bytes - size.unmapped_bytes,
         )  # fmt: skip
-        is_of_pair = self._is_of_pair(name)
+        is_of_pair, may_lock = self._is_of_pair(name), self._request.may_lock
+        # What is sent ahead arrives from where it lies: the later one of a pair is never locked.
+        may_lock = may_lock and not (is_of_pair and name.endswith(LOW_NOISE))
         if not way.streams(size):
-            return replace(plain, is_of_pair=is_of_pair and not size.blocks)
+            comes_again = may_lock and (plain.where == "visits" or self._request.is_free)
+            return replace(
+                plain, is_of_pair=is_of_pair and not size.blocks,
+                locked_bytes=size.num_bytes if comes_again else 0,
+            )  # fmt: skip
         # Blocks of a pair all travel, be it once: the later expert's take the places of the earlier one's.
         travelling = size.blocks if is_of_pair else way.travelling(size)
         host: Host = "pageable" if self._request.work.device == "cpu" else "pinned"
@@ -282,6 +298,7 @@ class Arrangement:
             device_bytes=weight_bytes(size, way) + slots_bytes(size, way),
             streamed_bytes=pass_bytes(size, way), pinned_bytes=0 if host == "pageable" else held,
             pageable_bytes=pageable + (held if host == "pageable" else 0), mapped_bytes=outside - pageable,
+            locked_bytes=size.rest_bytes - size.table_bytes if may_lock else 0,
         )  # fmt: skip
 
     def _is_of_pair(self, name: str) -> bool:

@@ -30,6 +30,9 @@ class NetworkPlan:
         0  # of the host, in plain memory: converted weights; blocks where the device is the CPU
     )
     mapped_bytes: int = 0  # in the file, which the system caches as it likes
+    locked_bytes: int = (
+        0  # of those two: in pinned memory too, from its second visit on, where the host has room
+    )
     is_of_pair: bool = False  # of two experts: what comes for the later one takes over the earlier one's room
 
 
@@ -93,3 +96,8 @@ class MemoryPlan:
     def mapped_bytes(self) -> int:
         """Weights that stay in their files."""
         return sum(network.mapped_bytes for network in self.networks.values())
+
+    @property
+    def locked_bytes(self) -> int:
+        """Of those two: what comes as a whole and is pinned as well when it has come a second time."""
+        return sum(network.locked_bytes for network in self.networks.values())

@@ -32,6 +32,9 @@ class _Guest(Protocol):
 
     may_lock: bool  # the host's memory, for what comes as a whole
 
+    @property
+    def locked_bytes(self) -> int: ...
+
     def enter(self) -> None: ...
 
     def send_ahead(self, twin: _Guest | None) -> None: ...
@@ -151,6 +154,11 @@ class _Streamed:
         self._rest.enter()
         self.stream.start()
         self._network.visit = self._streaming
+
+    @property
+    def locked_bytes(self) -> int:
+        """Of the host's memory, locked for what is in no block."""
+        return self._rest.locked_bytes
 
     def send_ahead(self, twin: _Guest | None) -> None:
         """What is in no block sets out; blocks do when the twin, which is inside, has done with its own."""
@@ -286,10 +294,8 @@ class Residency:
         self.arrange({})
 
     def locked_bytes(self) -> dict[str, int]:
-        """Of the host's memory, locked for networks that come as a whole, beside what a plan counts."""
-        found = {
-            name: guest.locked_bytes for name, guest in self._guests.items() if isinstance(guest, _Whole)
-        }
+        """Of the host's memory, locked for what comes as a whole, beside the blocks that are streamed."""
+        found = {name: guest.locked_bytes for name, guest in self._guests.items()}
         return {name: num_bytes for name, num_bytes in found.items() if num_bytes}
 
     def counts(self, name: str) -> StreamCounts | None:

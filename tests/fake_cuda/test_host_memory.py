@@ -162,3 +162,15 @@ def test_a_pipeline_of_the_second_gpu_leaves_the_first_alone(limits: dict[str, o
     del pipe
     gc.collect()
     assert controls.has_context(1) and not controls.has_context(0)
+
+
+@pytest.mark.parametrize("limits", [{"num_persistent_param_in_dit": 0}, {"vram_limit": 0.6}], ids=str)
+def test_what_is_locked_for_networks_that_come_again_is_what_the_plan_says(limits: dict[str, float]) -> None:
+    pipe = toy_pipe(**limits)
+    for _ in range(2):
+        pipe(**{**CALL, "output_type": "pil"})
+    assert pipe.memory_plan is not None
+    planned = {name: network.locked_bytes for name, network in pipe.memory_plan.networks.items()}
+    assert pipe._residency.locked_bytes() == {name: count for name, count in planned.items() if count}
+    pipe.enable_vram_management(**limits, ram_limit=64)
+    assert pipe.memory_plan.locked_bytes == 0

@@ -47,7 +47,7 @@ def test_json_has_the_plan_and_the_request(shell: Shell, folder: Path) -> None:
     assert set(told) == {
         "networks", "phases", "interleaves_branches", "keeps_keys", "ffn_chunk_tokens", "tiled_vae", "copy_s",
         "compute_s", "verdict", "reserve_bytes", "notes", "peak_bytes", "pinned_bytes", "pageable_bytes",
-        "mapped_bytes", "request", "passed_over", "tiled_encode",
+        "mapped_bytes", "request", "passed_over", "tiled_encode", "locked_bytes",
     }  # fmt: skip
     assert [phase["name"] for phase in told["phases"]] == ["text", "dit", "vae"]
     assert max(phase["peak_bytes"] for phase in told["phases"]) == told["peak_bytes"]
@@ -59,6 +59,16 @@ def test_json_has_the_plan_and_the_request(shell: Shell, folder: Path) -> None:
     assert len(dit["resident_blocks"]) == 13 and dit["where"] == "streamed"
     request = told["request"]
     assert (request["num_branches"], request["dtype"], request["rates"]["tflops"]) == (1, "fp8", 650)
+
+
+def test_what_is_pinned_when_networks_come_again_is_told(shell: Shell, folder: Path) -> None:
+    ran = shell("plan", folder, "--num-persistent", 0).out
+    assert "GiB (dit, text_encoder, vae) are pinned as well when they come a second time" in ran
+    networks = json.loads(shell("plan", folder, "--json").out)["networks"]
+    # Without a limit every network comes for its phase.
+    assert all(network["locked_bytes"] == network["weight_bytes"] for network in networks.values())
+    assert "pinned as well" not in shell("plan", folder, "--num-persistent", 0, "--ram", 64).out
+    assert "pinned as well" not in shell("plan", folder, "--vram", 80).out  # all stay
 
 
 def test_the_minimum_and_what_would_fit_are_said(shell: Shell, folder: Path) -> None:
