@@ -14,6 +14,7 @@ import torch
 
 from diffsynth.conditioning.registry import CONDITIONERS
 from diffsynth.errors import ArgumentError
+from diffsynth.ops.fp8 import fp8_layers
 from diffsynth.pipelines.components import PipelineComponents
 from diffsynth.pipelines.request import TEMPORAL_STRIDE, VideoRequest, usual_values
 from diffsynth.vram_management.layers import sizes_of as layer_sizes
@@ -143,10 +144,17 @@ def plan_call(parts: PipelineComponents, limits: MemoryLimits, sizes: CallSizes)
         encodes=sizes.encodes,
         compute_dtype=DTYPES.get(parts.dtype, "BF16"),
         device=parts.device.type,
+        multiplies_fp8=_multiplies_fp8(parts),
         num_persistent_param_in_dit=limits.num_persistent_param_in_dit,
         vram_limit_gib=limits.vram_gib(parts.device),
         ram_limit_gib=limits.ram_limit,
     )
+
+
+def _multiplies_fp8(parts: PipelineComponents) -> bool:
+    """Whether a DiT rounds its tokens to fp8, which takes room beside them."""
+    dits = [expert.dit for expert in (parts.high, parts.low) if expert is not None]
+    return any(layer.compute == "fp8" for dit in dits for layer in fp8_layers(dit))
 
 
 def pipeline_layers(parts: PipelineComponents) -> Sequence[LayerSpec]:

@@ -37,6 +37,7 @@ class Workload:
     image_tokens: int = 0
     compute_dtype: str = "BF16"
     device: str = "cuda"
+    multiplies_fp8: bool = False  # self-attention's projections and the feed-forward, on tokens in fp8
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "num_frames", "num_branches", "batch"):
@@ -113,12 +114,17 @@ def block_stages(dit: DiTSizes, work: Workload, *, stream: int, chunk_tokens: in
     as_float32 = stream * FLOAT32 // work.element_bytes
     piece = min(PIECE_BYTES[work.device], as_float32)
     hidden = work.batch * chunk_tokens * (dit.ffn_dim + dit.dim) * work.element_bytes
+    tokens_fp8, widened = 0, 0
+    if work.multiplies_fp8:
+        tokens_fp8 = stream // work.element_bytes  # a byte each, of what is multiplied
+        hidden += work.batch * chunk_tokens * dit.ffn_dim
+        widened = dit.dim**2 * work.element_bytes  # cross-attention does not multiply in fp8
     copies_of_head = 2 if work.element_bytes < FLOAT32 else 1  # the stream widened, and its norm
     return {
-        "attention": 5 * stream,  # x, q, k, v, what attention gives
+        "attention": 5 * stream + tokens_fp8,  # x, q, k, v, what attention gives; or x, its norm, q, k, v
         "norms of q and k": 4 * stream + 3 * piece,  # x, its norm, q, k; a piece, normalised, scaled
         "gated sums": 2 * stream + 3 * piece,
-        "cross-attention": (5 if work.image_tokens else 4) * stream,
+        "cross-attention": (5 if work.image_tokens else 4) * stream + widened,
         "feed-forward": 2 * stream + hidden,
         "head": stream + copies_of_head * as_float32 + (2 * piece if work.batch > 1 else 0),
     }

@@ -93,10 +93,11 @@ class Way:
 
 
 def activation_bytes(scene: Scene, names: tuple[str, ...], way: Way) -> int:
-    """Of one DiT's phase, with a matrix that is widened from fp8."""
+    """Of one DiT's phase, with a matrix that is widened from fp8 (of products in fp8 a block knows)."""
     num_vace_blocks = sum(len(scene.sizes[n].blocks) for n in names if n.startswith("vace"))
     device = scene.work.device
     widened = max(scene.sizes[name].widened_parameters(device) for name in names)
+    widened = 0 if scene.work.multiplies_fp8 else widened
     return widened * scene.work.element_bytes + dit_activations(
         scene.dit, scene.work, tokens=scene.tokens(names), interleaves=way.interleaves,
         ffn_chunk_tokens=way.ffn_chunk_tokens, num_vace_blocks=num_vace_blocks,

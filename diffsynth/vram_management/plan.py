@@ -46,6 +46,7 @@ def plan_memory(  # noqa: PLR0913
     encodes: bool | None = None,
     compute_dtype: str = "BF16",
     device: str = "cuda",
+    multiplies_fp8: bool = False,
     num_persistent_param_in_dit: int | None = None,
     vram_limit_gib: float | None = None,
     ram_limit_gib: float | None = None,
@@ -67,6 +68,7 @@ def plan_memory(  # noqa: PLR0913
             read some, or there is no DiT.
         compute_dtype: of activations, "BF16", "F16" or "F32".
         device: "cuda", or "cpu", which plays a device of the same limit.
+        multiplies_fp8: a DiT multiplies in fp8 what it may.
         num_persistent_param_in_dit: about that many parameters of each DiT stay for its phase; 0 none; more
             than there are: all; None as many as fit.
         vram_limit_gib: of the device; None for no limit.
@@ -83,6 +85,7 @@ def plan_memory(  # noqa: PLR0913
     work = Workload(
         height=height, width=width, num_frames=num_frames, num_branches=num_branches, batch=batch,
         text_tokens=text_tokens, image_tokens=image_tokens, compute_dtype=compute_dtype, device=device,
+        multiplies_fp8=multiplies_fp8,
     )  # fmt: skip
     sizes = sizes_of(layers)
     if dit is None and any(name in sizes for name in DITS):

@@ -162,7 +162,9 @@ def test_14b_in_fp8_takes_what_the_plan_says(limits: Mapping[str, Any], compute:
     pipe = pipeline(dit(is_fp8=True))
     pipe.choose_kernels(fp8_compute=compute)
     for size in (SMALL, LARGE):
-        check(*peak_and_plan(pipe, limits, size))
+        peak, planned = peak_and_plan(pipe, limits, size)
+        check(peak, planned)
+        assert limits is RESIDENT or peak + ABSENT <= planned  # tokens that products round to fp8 are counted
 
 
 @pytest.mark.slow

@@ -140,3 +140,13 @@ def test_fp8_halves_what_travels_and_needs_no_larger_device() -> None:
     assert phase(narrow, "dit").slot_bytes == phase(wide, "dit").slot_bytes
     widened = phase(narrow, "dit").activation_bytes - phase(wide, "dit").activation_bytes
     assert widened == 5120 * 13824 * 2, "one matrix, just before its use"
+
+
+def test_products_in_fp8_take_a_byte_for_each_number_of_the_tokens() -> None:
+    streamed = {"num_persistent_param_in_dit": 0, "num_branches": 1, **LARGE}
+    widened, products = (
+        phase(plan(dit_14b("F8_E4M3"), multiplies_fp8=way, **streamed), "dit").activation_bytes
+        for way in (False, True)
+    )
+    tokens, dim, ffn_dim = 21 * 45 * 80, 5120, 13824
+    assert products - widened == tokens * dim - dim * ffn_dim * 2  # and no wide matrix beside them
