@@ -251,7 +251,7 @@ def test_a_lora_of_14b_trains_within_52_gb_and_what_was_predicted() -> None:
     recompute = Recompute("full")
     recompute.install([network])
     step = step_of(
-        lambda noisy, time: network(noisy, time, [network.prepare(inputs.sides[0])])[0],
+        lambda noisy, time: network(noisy, time, [network.prepare(inputs.sides[0].conditions)])[0],
         list(tuned.parameters().values()), inputs,
     )  # fmt: skip
     step()
