@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 FFN_CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
 
-
 # What adapters remember, by name and input: each is prepared once, whatever number of sides has it.
 Memories = MutableMapping[tuple[str, int], tuple[object, object]]
 
@@ -260,6 +259,8 @@ class WanDiT(BlockNetwork):
             cache: may answer instead of the blocks, where there is a step.
             step: of a generation, told to adapters and the cache; None in training.
         """
+        if cache is not None and step is None:
+            raise ArgumentError("a step cache was given without a step; give step= too, or leave it out.")
         grid = self._grid(latents)
         clocks, embeddings = read_clocks(timestep, grid), _Embeddings(self)
         passes = [self._enter(latents, branch, grid, clocks, embeddings, step) for branch in branches]

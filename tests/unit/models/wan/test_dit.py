@@ -218,6 +218,8 @@ def test_a_step_cache_answers_instead_of_the_blocks(monkeypatch: pytest.MonkeyPa
     for block in dit.blocks:
         monkeypatch.setattr(block, "forward", lambda *_: pytest.fail("a block ran"))
     [second] = dit(LATENTS, NOW, [branch], cache, step=step(1))
+    with pytest.raises(ArgumentError, match="without a step"):
+        dit(LATENTS, NOW, [branch], cache)
     torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)  # x + (y - x) for y
 
 
