@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffsynth.conditioning.camera import CameraPath, CameraRays
@@ -78,6 +79,19 @@ def test_a_sample_comes_back_as_it_was_saved(name: str, tmp_path: Path) -> None:
         assert isinstance(back, CameraPath)
         assert torch.equal(back.camera_to_world, given.camera_to_world) and back.shape == given.shape
         assert torch.equal(back.intrinsics, given.intrinsics) and back.intrinsics.dtype == torch.float64
+
+
+def test_samples_with_a_field_that_is_gone_load_and_fall_into_the_same_bucket(tmp_path: Path) -> None:
+    now, before = tmp_path / "now.safetensors", tmp_path / "before.safetensors"
+    sample(adapters={"vace": VaceCondition(context=torch.randn(1, 96, 3, 4, 6))}).save(now)
+    with safe_open(now, "pt") as opened:
+        metadata = opened.metadata()
+    structure = json.loads(metadata["structure"])
+    for side in ("positive", "negative"):  # as versions wrote it that knew steps by their times
+        structure[side]["fields"]["adapters"]["map"]["vace"]["fields"]["times"] = []
+    save_file(load_file(now), before, {**metadata, "structure": json.dumps(structure)})
+    assert_same(EncodedSample.load(before).positive, EncodedSample.load(now).positive)
+    assert EncodedSample.header(before).bucket == EncodedSample.header(now).bucket
 
 
 def test_what_both_sides_share_is_stored_once(tmp_path: Path) -> None:
