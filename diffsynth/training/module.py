@@ -317,21 +317,21 @@ class WanTrainingModule(LightningModule):
 
     def _gathered(self) -> tuple[Tensor, Tensor, int]:
         """Losses and timesteps of the step's samples, in the order of its picks, and wishes; of all ranks."""
-        measured = torch.cat(self._measured, dim=1)
+        measured, wished = torch.cat(self._measured, dim=1), self.wishes()
         self._measured = []
-        wishes = torch.tensor([float(self.wishes())], device=measured.device)
-        own = torch.cat([measured.flatten(), wishes])
-        ranks = [own]
         if dist.is_available() and dist.is_initialized():
+            own = torch.cat([measured.flatten(), measured.new_tensor([float(wished)])])
             ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
             dist.all_gather(ranks, own)
-        every = torch.stack(ranks).cpu()
+            every = torch.stack(ranks).cpu()
+            for value in every[:, -1].tolist():
+                wished |= int(value)
+            every = every[:, :-1]
+        else:
+            every = measured.flatten()[None].cpu()
         # (rank, 2, pass, sample) -> (2, pass, rank, sample)
-        passes = every[:, :-1].view(len(ranks), 2, self.config.run.accumulate, -1)
+        passes = every.reshape(len(every), 2, self.config.run.accumulate, -1)
         table = passes.permute(1, 2, 0, 3).reshape(2, -1)
-        wished = 0
-        for value in every[:, -1].tolist():
-            wished |= int(value)
         return table[0], table[1], wished
 
 

@@ -7,6 +7,7 @@ passed on as they come in. Inside, tests are ordinary tests.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -57,6 +58,9 @@ def plain_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from tests.fake_cuda import controls
 
     controls.reset()
+    if torch.cuda.memory_allocated():  # of an earlier test, in a circle that nobody has collected yet
+        gc.collect()
+        torch.cuda.empty_cache()
     monkeypatch.setattr(compiled, "is_switched_on", lambda: False)
     yield
     controls.reset()
