@@ -81,9 +81,9 @@ class Experts:
         """Who answers: the step's own time is the largest of the clocks."""
         return "high" if self.low is None or float(timestep.max()) >= self.boundary * 1000 else "low"
 
-    def networks_at(self, timestep: Tensor) -> tuple[str, ...]:
-        """Names of the networks that a step at this time needs."""
-        return self._expert(self.name_at(timestep)).networks
+    def networks_of(self, step: Step) -> tuple[str, ...]:
+        """Names of the networks that a step needs."""
+        return self._expert(step.expert).networks
 
     def begin(self, count: int, sides: int) -> None:
         """A generation of so many steps, with so many sides of the guidance, begins."""
@@ -129,7 +129,7 @@ class Experts:
         """Say which networks the next step needs, if they are others."""
         if step.next is None or step.next.expert == step.expert or self._send_ahead is None:
             return
-        self._send_ahead(*self._expert(step.next.expert).networks)
+        self._send_ahead(*self.networks_of(step.next))
 
     def _expert(self, name: ExpertName) -> Expert:
         return self.high if name == "high" or self.low is None else self.low

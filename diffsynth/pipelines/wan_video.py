@@ -397,7 +397,7 @@ class WanVideoPipeline(NetworkAttributes, LoRAMethods, ExpertMethods, V1Methods)
         experts.begin(steps[0].count, len(branches))
         if options.step_cache is not None and course.cache_memory is not None:
             options.step_cache.restore(course.cache_memory)
-        with course.telling(), self._residency.use(*experts.networks_at(sampler.timesteps[steps[0].index])):
+        with course.telling(), self._residency.use(*experts.networks_of(steps[0])):
             latents = denoise(
                 experts, sampler, latents, steps=steps, branches=branches, plan=plan,
                 on_step=self._on_step(options, experts, sampler, course), progress=options.progress_bar_cmd,

@@ -474,5 +474,6 @@ def _attend_beside(  # noqa: PLR0913 (what `DiTAdapter.attend` is told)
     scale: float | None = None,
 ) -> Tensor:
     """Self-attention of a block at which an adapter stands."""
-    made = adapter.attend(index, q, k, v, memory, step, kernel) if bias is None and scale is None else None
-    return kernel(q, k, v, bias=bias, scale=scale) if made is None else made
+    assert bias is None and scale is None, "self-attention has neither"
+    made = adapter.attend(index, q, k, v, memory, step, kernel)
+    return kernel(q, k, v) if made is None else made

@@ -85,9 +85,10 @@ def test_the_boundary_can_be_moved(two_experts: WanVideoPipeline) -> None:
         assert (len(high), len(low)) == expected
 
 
-@pytest.mark.parametrize(("of_blocks", "num_walks"), [(True, 4), (False, 2)])
+# What is taken over whole is off by more than what is added to the tokens of now.
+@pytest.mark.parametrize(("of_blocks", "num_walks", "bound"), [(True, 4, 1.0), (False, 2, 2.0)])
 def test_a_step_cache_is_asked_and_answers(
-    toy_pipe: WanVideoPipeline, of_blocks: bool, num_walks: int
+    toy_pipe: WanVideoPipeline, of_blocks: bool, num_walks: int, bound: float
 ) -> None:
     assert isinstance(toy_pipe.dit, WanDiT)
     arguments = {"num_inference_steps": 4, "seed": 0, "output_type": "latent"}
@@ -98,7 +99,7 @@ def test_a_step_cache_is_asked_and_answers(
     assert cache.begun == [(4, 2)]
     assert cache.asked == [(index, "high", side) for index in range(4) for side in (0, 1)]
     difference = (cached - toy_pipe("a red circle", **arguments)).abs().max()
-    assert 0 < difference < 2.0
+    assert 0 < difference < bound
     again = toy_pipe("a red circle", step_cache=cache, **arguments)
     assert torch.equal(again, cached), "a generation begins with nothing"
 
